@@ -1,0 +1,474 @@
+"""The settings that several commands share, one dataclass a config group of `conf/`, in data-flow order.
+
+OmegaConf accepts `Enum` and refuses `Literal`, hence the enumerations. `__post_init__` refuses contradictions.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+def refuse_unless(condition: bool, message: str) -> None:
+    """Raise the `ValueError` that the command line turns into one line and exit code 2."""
+    if not condition:
+        raise ValueError(message)
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+class ModelKind(Enum):
+    """Where a language model comes from."""
+
+    planted = "planted"
+    hub = "hub"
+    local = "local"
+
+
+class Dtype(Enum):
+    """Precision in which the frozen base model is held. SAE coefficients are always float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass
+class WorldConfig:
+    """The embedded language and the small Pythia-architecture model trained on it; its hash names the cached model."""
+
+    documents: int = 24_000
+    """Reviews generated for training (held-out reviews come on top)."""
+    hidden_size: int = 128
+    """Width of the residual stream, d_in of an `mlp_out` SAE."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads, dividing `hidden_size`."""
+    context_size: int = 96
+    """Longest sequence in tokens."""
+    steps: int = 1_200
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Reviews a step."""
+    lr: float = 2e-3
+    """Peak learning rate of AdamW."""
+    seed: int = 0
+    """Seed of the generated text, the initial weights and the batch order."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.documents, self.hidden_size, self.layers, self.heads, self.context_size, self.batch_size)
+        refuse_unless(min(sizes) >= 1 and self.steps >= 1, "model.world: every size must be >= 1")
+        refuse_unless(
+            self.hidden_size % self.heads == 0,
+            f"model.world.heads must divide hidden_size, got {self.heads} and {self.hidden_size}",
+        )
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model: embedded, on the Hugging Face Hub, or in a folder."""
+
+    kind: ModelKind = ModelKind.planted
+    """`planted` trains and caches the embedded one; `hub` needs `name`; `local` needs `path`."""
+    name: str | None = None
+    """Hub id, for instance EleutherAI/pythia-70m."""
+    path: str | None = None
+    """Folder with config.json, safetensors weights and a tokenizer."""
+    revision: str | None = None
+    """Hub branch, tag or commit; Pythia's training checkpoints are branches such as step3000."""
+    dtype: Dtype = Dtype.float32
+    """Precision of the frozen weights."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """Settings of the embedded model (`kind=planted`)."""
+
+    def __post_init__(self) -> None:
+        if self.kind is ModelKind.hub:
+            refuse_unless(self.name is not None, "model=hub needs model.name=OWNER/MODEL")
+        if self.kind is ModelKind.local:
+            refuse_unless(self.path is not None, "model=local needs model.path=DIR")
+        if self.kind is not ModelKind.hub:
+            refuse_unless(self.revision is None, "model.revision belongs to a Hub model (model=hub or model=pythia-…)")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class DataKind(Enum):
+    """Where text comes from."""
+
+    planted = "planted"
+    text = "text"
+    hub = "hub"
+
+
+@dataclass
+class DataConfig:
+    """Documents: a training part, and a held-out part taken from the end."""
+
+    kind: DataKind = DataKind.planted
+    """`planted` generates the embedded language; `text` reads `path`; `hub` reads the data set `name`."""
+    path: str | None = None
+    """A txt (a document a line), json list, jsonl or parquet file, or a glob of them."""
+    name: str | None = None
+    """Hub data set."""
+    subset: str | None = None
+    """Configuration of the Hub data set."""
+    split: str = "train"
+    """Split of the Hub data set."""
+    field: str = "text"
+    """Column or key that holds the text."""
+    heldout: float = 0.1
+    """Share of documents, from the end, that training never sees, in (0, 0.5]."""
+    max_documents: int | None = None
+    """Read at most so many documents."""
+    context_size: int | None = None
+    """Tokens a sequence; the model's context (at most 512) when empty."""
+
+    def __post_init__(self) -> None:
+        if self.kind is DataKind.text:
+            refuse_unless(self.path is not None, "data=text needs data.path=FILE")
+        if self.kind is DataKind.hub:
+            refuse_unless(self.name is not None, "data=hub needs data.name=OWNER/DATASET")
+        refuse_unless(0 < self.heldout <= 0.5, f"data.heldout must be in (0, 0.5], got {self.heldout}")
+        refuse_unless(self.context_size is None or self.context_size >= 2, "data.context_size must be >= 2")
+
+
+# --- site ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SiteConfig:
+    """Places in the model."""
+
+    names: list[str] = field(default_factory=lambda: ["mlp_out.[1-9]*"])
+    """Aliases POSITION.LAYER with POSITION one of mlp_out, mlp_hidden, attn_out, resid_post; globs of them;
+    or module paths as the model names them."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(len(self.names) > 0, "site.names is empty; write for instance site=mlp_out.3")
+
+
+# --- sae -------------------------------------------------------------------------------------------------------------
+
+
+class Architecture(Enum):
+    """The autoencoder and its loss."""
+
+    topk = "topk"
+    """The k largest pre-activations are kept (Gao et al. 2024)."""
+    relu = "relu"
+    """ReLU, L1 weighted by free decoder norms (Anthropic, April 2024)."""
+    relu_unit = "relu_unit"
+    """ReLU, plain L1, decoder rows held at norm 1, gradient along them removed (2023)."""
+
+
+class Resample(Enum):
+    """What happens to features that have not fired for `dead_after_tokens`."""
+
+    none = "none"
+    loss = "loss"
+    """Re-initialised at inputs drawn in proportion to their squared loss (Bricken et al. 2023)."""
+
+
+@dataclass
+class SaeConfig:
+    """One sparse autoencoder; a run trains one at every site with these settings."""
+
+    architecture: Architecture = Architecture.topk
+    """Form of the autoencoder."""
+    expansion: int | None = 8
+    """Features per input dimension, >= 1; leave empty when d_sae is given."""
+    d_sae: int | None = None
+    """Number of features; leave empty when expansion is given."""
+    k: int = 16
+    """Active features a token (topk), 1 <= k <= d_sae."""
+    l1: float = 5.0
+    """Weight of sum_i f_i |W_dec_i| against the squared error summed over dimensions, both averaged over tokens
+    (relu, relu_unit), on activations scaled to mean norm sqrt(d_in)."""
+    l1_warmup: float = 0.05
+    """Share of training over which l1 rises linearly from 0, in [0, 1]."""
+    tokens: int = 2_000_000
+    """Training tokens a SAE sees."""
+    batch_size: int = 2048
+    """Tokens an optimiser step."""
+    buffer_tokens: int = 65_536
+    """Activations shuffled together before they are served, >= batch_size."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    lr_warmup: float = 0.02
+    """Share of training with linearly rising learning rate, in [0, 1]."""
+    lr_decay: float = 0.2
+    """Share of training, at its end, with the learning rate falling linearly to 0, in [0, 1]."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down, > 0."""
+    dead_after_tokens: int = 200_000
+    """A feature that has not fired for so many tokens is dead."""
+    resample: Resample = Resample.loss
+    """Treatment of dead features."""
+    resample_every_tokens: int = 250_000
+    """How often dead features are looked for; never in the last `lr_decay` share."""
+    seed: int = 0
+    """Seed of the initial weights and of resampling."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(
+            (self.expansion is None) != (self.d_sae is None),
+            "give either sae.expansion or sae.d_sae; empty the other, for instance sae.expansion=null sae.d_sae=4096",
+        )
+        refuse_unless((self.expansion or self.d_sae or 0) >= 1, "sae.expansion and sae.d_sae must be >= 1")
+        refuse_unless(self.k >= 1, f"sae.k must be >= 1, got {self.k}")
+        refuse_unless(
+            self.architecture is not Architecture.topk or self.d_sae is None or self.k <= self.d_sae,
+            f"sae.k={self.k} exceeds sae.d_sae={self.d_sae}",
+        )
+        refuse_unless(self.l1 >= 0, f"sae.l1 must be >= 0, got {self.l1}")
+        refuse_unless(self.lr > 0, f"sae.lr must be > 0, got {self.lr}")
+        refuse_unless(self.max_grad_norm > 0, f"sae.max_grad_norm must be > 0, got {self.max_grad_norm}")
+        refuse_unless(
+            1 <= self.batch_size <= self.buffer_tokens,
+            f"sae.batch_size must be between 1 and sae.buffer_tokens={self.buffer_tokens}, got {self.batch_size}",
+        )
+        refuse_unless(
+            self.tokens >= self.batch_size,
+            f"sae.tokens={self.tokens} is less than one batch of sae.batch_size={self.batch_size}",
+        )
+        for name in ("l1_warmup", "lr_warmup", "lr_decay"):
+            refuse_unless(0 <= getattr(self, name) <= 1, f"sae.{name} is a share in [0, 1], got {getattr(self, name)}")
+        refuse_unless(
+            self.dead_after_tokens >= 1 and self.resample_every_tokens >= 1,
+            "sae.dead_after_tokens and sae.resample_every_tokens must be >= 1",
+        )
+
+    def width(self, d_in: int) -> int:
+        """Number of features for an input of `d_in` dimensions; `ValueError` when k exceeds it."""
+        d_sae = self.d_sae or d_in * (self.expansion or 1)
+        refuse_unless(self.architecture is not Architecture.topk or self.k <= d_sae, f"sae.k={self.k} > d_sae={d_sae}")
+        return d_sae
+
+
+# --- adapter ---------------------------------------------------------------------------------------------------------
+
+
+class AdapterKind(Enum):
+    """What RLHF may change."""
+
+    sparse_coeffs = "sparse_coeffs"
+    full = "full"
+
+
+class Splice(Enum):
+    """How coefficients enter the forward pass (formulas: `saerl_cli.adapter.layer`)."""
+
+    error_preserving = "error_preserving"
+    reconstruct = "reconstruct"
+    pre_activation = "pre_activation"
+
+
+@dataclass
+class AdapterConfig:
+    """The trainable parameters of RLHF, beside the value head."""
+
+    kind: AdapterKind = AdapterKind.full
+    """`sparse_coeffs` or a baseline."""
+    saes: str | None = None
+    """Run directory of `saerl train-sae`, its `sae` folder, or any folder of SAE folders (sparse_coeffs)."""
+    sites: list[str] | None = None
+    """Use only these sites of the folder; all of them when empty."""
+    splice: Splice = Splice.error_preserving
+    """How coefficients enter the forward pass."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW for these parameters."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; of delta, hence towards the untouched model."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.lr > 0, f"adapter.lr must be > 0, got {self.lr}")
+        refuse_unless(self.weight_decay >= 0, f"adapter.weight_decay must be >= 0, got {self.weight_decay}")
+        if self.kind is AdapterKind.full:
+            refuse_unless(
+                self.saes is None and self.sites is None,
+                "adapter.saes and adapter.sites belong to adapter=sparse_coeffs (the flag --sparse-coeffs)",
+            )
+        if self.kind is AdapterKind.sparse_coeffs:
+            refuse_unless(
+                self.saes is not None,
+                "adapter=sparse_coeffs needs adapter.saes=DIR, the run directory of `saerl train-sae` on this model",
+            )
+
+
+# --- reward ----------------------------------------------------------------------------------------------------------
+
+
+class RewardKind(Enum):
+    """Where a score comes from."""
+
+    world = "world"
+    """Tokens of an attribute of the embedded language, counted by its own labels."""
+    lexicon = "lexicon"
+    """Words with weights, counted in the completion."""
+    vader = "vader"
+    """Sentiment of the completion by the vaderSentiment library, in [-1, 1]."""
+    hf = "hf"
+    """A sequence-classification reward model."""
+    python = "python"
+    """Your own function."""
+
+
+class Per(Enum):
+    """What a count is divided by."""
+
+    completion = "completion"
+    """Nothing: the count itself."""
+    token = "token"
+    """The number of tokens (world) or words (lexicon) of the completion."""
+
+
+@dataclass
+class RewardPart:
+    """One score of a completion. The reward is the weighted sum of the parts."""
+
+    kind: RewardKind = MISSING
+    """Where the score comes from."""
+    weight: float = 1.0
+    """Factor in the sum; negative punishes."""
+    attribute: str | None = None
+    """Attribute of the embedded language (kind=world)."""
+    per: Per = Per.completion
+    """What counts are divided by (world, lexicon)."""
+    path: str | None = None
+    """Word list, a word and optionally a tab and its weight a line (lexicon); model folder or Hub id (hf)."""
+    words: dict[str, float] | None = None
+    """Words and weights given here instead of a file (lexicon)."""
+    revision: str | None = None
+    """Hub revision of the reward model (hf)."""
+    batch_size: int = 16
+    """Completions scored at once (hf)."""
+    function: str | None = None
+    """module:function, called as f(prompts, completions, completion_ids) -> list of floats (python)."""
+
+    def __post_init__(self) -> None:
+        needs = {
+            RewardKind.world: ("attribute", self.attribute),
+            RewardKind.lexicon: ("path or words", self.path or self.words),
+            RewardKind.hf: ("path", self.path),
+            RewardKind.python: ("function", self.function),
+        }
+        if self.kind in needs:
+            name, value = needs[self.kind]
+            refuse_unless(bool(value), f"a reward part of kind {self.kind.value} needs {name}")
+        refuse_unless(self.batch_size >= 1, f"a reward part's batch_size must be >= 1, got {self.batch_size}")
+
+
+@dataclass
+class RewardConfig:
+    """The score of a completion: a weighted sum of named parts."""
+
+    parts: dict[str, RewardPart] = field(default_factory=dict)
+    """Name -> part; every part is logged under its name."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(len(self.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
+
+
+# --- algo ------------------------------------------------------------------------------------------------------------
+
+
+class Schedule(Enum):
+    """Learning rate over training."""
+
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class AlgoConfig:
+    """PPO. A phase generates `rollouts` completions, then makes epochs x minibatches optimiser steps on them."""
+
+    phases: int = 60
+    """Phases of the run; episodes = phases x rollouts."""
+    rollouts: int = 64
+    """Completions a phase, over all processes."""
+    minibatches: int = 4
+    """Optimiser steps an epoch; divides rollouts / processes."""
+    epochs: int = 4
+    """Passes over the rollouts of a phase."""
+    max_new_tokens: int = 32
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Of sampling and scoring alike; a reported KL is that of the tempered policies."""
+    kl_coef: float = 0.05
+    """beta: the weight of log pi - log pi_ref in the per-token reward, > 0."""
+    kl_target: float | None = None
+    """Nats per completion; when given, beta adapts to reach it (Ziegler et al. 2019)."""
+    kl_horizon: float = 10_000.0
+    """Episodes over which beta adapts."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    cliprange: float = 0.2
+    """Clip of the probability ratio."""
+    cliprange_value: float = 0.2
+    """Clip of the value's change."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    value_lr: float = 1e-3
+    """Learning rate of the value head."""
+    max_grad_norm: float = 1.0
+    """Of the policy's and, separately, of the value head's gradient."""
+    whiten_advantages: bool = True
+    """Mean 0 and variance 1 over all processes and kept tokens."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a completion that does not end."""
+    critic_warmup: int = 0
+    """First phases in which only the value head learns."""
+    schedule: Schedule = Schedule.linear
+    """Learning rates: linear to 0, or constant."""
+
+    def __post_init__(self) -> None:
+        for name in ("phases", "rollouts", "minibatches", "epochs", "max_new_tokens"):
+            refuse_unless(getattr(self, name) >= 1, f"algo.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("temperature", "kl_coef", "kl_horizon", "value_lr", "max_grad_norm", "cliprange"):
+            refuse_unless(getattr(self, name) > 0, f"algo.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            refuse_unless(0 <= getattr(self, name) <= 1, f"algo.{name} must be in [0, 1], got {getattr(self, name)}")
+        refuse_unless(
+            self.rollouts % self.minibatches == 0,
+            f"algo.minibatches={self.minibatches} must divide algo.rollouts={self.rollouts}",
+        )
+        refuse_unless(self.kl_target is None or self.kl_target > 0, "algo.kl_target must be > 0 nats")
+        refuse_unless(
+            0 <= self.critic_warmup < self.phases,
+            f"algo.critic_warmup={self.critic_warmup} leaves none of algo.phases={self.phases} for the policy",
+        )
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+
+
+class Precision(Enum):
+    """Accelerate's mixed precision."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass
+class LaunchConfig:
+    """How many processes do the work; Accelerate starts them."""
+
+    num_processes: int = 1
+    """Processes on this machine."""
+    cpu: bool = False
+    """Keep every process on the CPU; otherwise a GPU is used where there is one."""
+    mixed_precision: Precision = Precision.no
+    """Autocast precision."""
+    threads: int | None = None
+    """CPU threads a process; cores / processes when empty."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(self.num_processes >= 1, f"launch.num_processes must be >= 1, got {self.num_processes}")
+        refuse_unless(self.threads is None or self.threads >= 1, f"launch.threads must be >= 1, got {self.threads}")
