@@ -1,0 +1,105 @@
+"""A sequence-classification model as a score of completions, read on token ids."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+
+class Classifier:
+    """Scores prompt + completion with a reward model.
+
+    The completion keeps its end token. Where the reward model's tokenizer is the policy's, token ids are passed on as
+    they are; otherwise prompt and completion are decoded and encoded again, and the end token of the reward model
+    takes the place of the policy's.
+
+    Args:
+        path: folder or Hub id of a …ForSequenceClassification model with one label (its logit is the score) or two
+            (the difference of the logits, positive minus negative).
+        tokenizer: of the policy.
+        device: where it runs.
+        batch_size: completions in one forward pass.
+        revision: Hub revision.
+
+    Raises:
+        ValueError: score head missing from the weights, no padding token, or padding equal to the end token.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        revision: str | None = None,
+    ):
+        self.policy_tokenizer, self.device, self.batch_size = tokenizer, torch.device(device), batch_size
+        self.tokenizer, self.model = load_classifier(path, revision)
+        self.model.to(self.device)
+        self.same_tokenizer = self.tokenizer.get_vocab() == tokenizer.get_vocab()
+        config = self.model.config.get_text_config()
+        self.longest = getattr(config, "max_position_embeddings", None)
+
+    def __call__(self, prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        """The score of every completion."""
+        rows = [self.encode(*row) for row in zip(prompts, completions, completion_ids, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            scores += self.score(rows[start : start + self.batch_size]).tolist()
+        return scores
+
+    def encode(self, prompt: str, completion: str, completion_ids: list[int]) -> list[int]:
+        """Token ids of prompt + completion for the reward model; the prompt is cut from the left to fit its context."""
+        if self.same_tokenizer:
+            ids = self.policy_tokenizer(prompt)["input_ids"] + completion_ids
+        else:
+            ids = self.tokenizer(prompt + completion)["input_ids"]
+            ended = bool(completion_ids) and completion_ids[-1] == self.policy_tokenizer.eos_token_id
+            if ended and self.tokenizer.eos_token_id is not None:
+                ids = [*ids, self.tokenizer.eos_token_id]
+        return ids[-self.longest :] if self.longest else ids
+
+    @torch.inference_mode()
+    def score(self, rows: list[list[int]]) -> Tensor:
+        """Token ids of n completions to scores [n]; padded on the right."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)  # [n, T]
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits.float()
+        return (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).cpu()
+
+
+def load_classifier(path: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and frozen model; `ValueError` when it cannot serve as a reward (see `Classifier`)."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its warning about a new head is our refusal
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, revision=revision, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the reward model {path}: {' '.join(str(error).split())}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    new = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if new:
+        raise ValueError(f"the reward model {path} lacks {new[0]}: its score head would be newly initialised")
+    if model.config.num_labels not in (1, 2):
+        raise ValueError(f"the reward model {path} has {model.config.num_labels} labels; one or two are understood")
+    reads_last_token = not getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "score")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the reward model {path} has no padding token; add pad_token to its tokenizer_config.json")
+    if reads_last_token and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ValueError(
+            f"the reward model {path} pads with its end token, so the score would be read before the end; "
+            "give its tokenizer another pad_token"
+        )
+    model.config = copy.deepcopy(model.config)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model.eval().requires_grad_(False)
