@@ -1,0 +1,1 @@
+"""What RLHF did to the features: one file a question."""
