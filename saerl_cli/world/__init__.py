@@ -1,0 +1,1 @@
+"""The embedded language: its text, its labels, its tokenizer and the small model trained on it."""
