@@ -129,9 +129,7 @@ def most_fired_tokens(f: Tensor, token_ids: Tensor, tokenizer: Any, n: int) -> l
     """
     total = torch.zeros(int(token_ids.max()) + 1).index_add_(0, token_ids, f.float())  # [V]
     best = total.topk(min(n, len(total)))
-    return [
-        shown(tokenizer, i) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True) if v > 0
-    ]
+    return [shown(tokenizer, i) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True) if v > 0]
 
 
 def as_records(features: list[MovedFeature]) -> list[dict]:
