@@ -180,7 +180,7 @@ def content(shown: list[Shown], drawn: dict[str, str]) -> dict[str, Any]:
         "moved": [moved(run, drawn[f"ranks-{run.name}"]) for run in shown if run.features],
         "samples": [before_and_after(run) for run in shown],
         "provenance": [provenance(run) for run in shown],
-        "footer": f"Written by saerl {shown[0].record['versions'].get('saerl', '')} from the files of the run directories.",
+        "footer": f"Written by saerl {shown[0].record['versions'].get('saerl', '')} from the files of these runs.",
     }
 
 
