@@ -1,7 +1,7 @@
 """SAE folders in the format of SAELens 6: `cfg.json` and `sae_weights.safetensors`.
 
-Our provenance is `cfg.json: metadata.saerl` (site, module, model_name, model_sha256, revision, training settings); unknown
-metadata survives SAELens. Only `load_sae` and `save_sae` import torch: the rest runs in the checks before a run.
+Our provenance is `cfg.json: metadata.saerl` (site, module, model_name, model_sha256, revision, training settings);
+unknown metadata survives SAELens. Only `load_sae` and `save_sae` import torch: the rest runs in the checks before a run.
 """
 
 import json
@@ -194,7 +194,9 @@ def find_saes(path: Path | str) -> dict[str, Path]:
         root = path / "sae" if (path / "sae").is_dir() else path
         folders = sorted(child for child in root.iterdir() if (child / CONFIG_FILE).is_file())
     if not folders:
-        raise ValueError(f"no SAEs in {path}: expected a run directory of `saerl train-sae` or a folder with {CONFIG_FILE}")
+        raise ValueError(
+            f"no SAEs in {path}: expected a run directory of `saerl train-sae` or a folder with {CONFIG_FILE}"
+        )
     saes: dict[str, Path] = {}
     for folder in folders:
         site = provenance(read_sae_config(folder)).get("site") or folder.name
