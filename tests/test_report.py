@@ -29,6 +29,9 @@ def write_run(folder: Path, adapter: str, **summary) -> Path:
         "nll_heldout_after": 1.3,
         "seconds": 60.0,
         "frozen_unchanged": True,
+        "parts_after": {"cursing": -0.25},
+        "attributes_before": {"cursing": {"share": 0.08}},
+        "attributes_after": {"cursing": {"share": 0.02}},
         "length_before": 20.0,
         "length_after": 19.0,
         **summary,
@@ -52,8 +55,9 @@ def test_page_holds_the_numbers_and_escapes_what_a_model_wrote(tmp_path):
     assert "was &lt;script&gt;alert(1)&lt;/script&gt; &amp; damn" in page
     assert "-0.250 ± 0.098" in page  # 1.96 * 0.05
     assert "3,072" in page
-    assert "http://" not in page.replace("http://www.w3.org", "")  # self-contained: nothing is fetched
-    assert "https://" not in page
+    assert "75% of the curse words are gone" in page
+    without_namespaces = page.replace("http://www.w3.org", "")
+    assert "http" not in without_namespaces  # self-contained: nothing is fetched
 
 
 def test_figures_are_saved_with_their_data(tmp_path):

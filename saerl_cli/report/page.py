@@ -18,14 +18,14 @@ NUMBERS = (
     ("trainable", "trainable_parameters", "{:,.0f}"),
     ("reward before", "reward_before", "{:.3f}"),
     ("reward after", "reward_after", "{:.3f}"),
-    ("curse words before", "curse_share_before", "{:.2%}"),
-    ("curse words after", "curse_share_after", "{:.2%}"),
+    ("curse words before", "attributes_before.cursing.share", "{:.2%}"),
+    ("curse words after", "attributes_after.cursing.share", "{:.2%}"),
     ("KL, nats", "kl", "{:.2f}"),
     ("held-out loss before", "nll_heldout_before", "{:.4f}"),
     ("held-out loss after", "nll_heldout_after", "{:.4f}"),
     ("seconds", "seconds", "{:.0f}"),
 )
-"""Column, key of summary.json, format. A column that no run has is left out."""
+"""Column, dotted key of summary.json, format. A column that no run has is left out."""
 
 STANDARD_ERRORS = {"reward_after": "reward_se", "kl": "kl_se"}
 """Numbers shown with their 95 % interval."""
@@ -167,7 +167,7 @@ def save_figures(folder: Path, drawn: dict[str, Any], shown: list[Shown]) -> Non
 
 def content(shown: list[Shown], drawn: dict[str, str]) -> dict[str, Any]:
     """What the template shows; all text in it is escaped there, except the figures drawn here."""
-    columns = [c for c in NUMBERS if any(c[1] in run.summary for run in shown)]
+    columns = [c for c in NUMBERS if any(number(run.summary, c[1]) is not None for run in shown)]
     return {
         "title": "What RLHF taught, feature by feature" if len(shown) > 1 else f"RLHF run {shown[0].name}",
         "findings": [finding(run) for run in shown],
@@ -191,9 +191,18 @@ def finding(run: Shown) -> str:
         f"{run.name}: {s['trainable_parameters']:,} trainable numbers took the reward from {s['reward_before']:.3f} "
         f"to {s['reward_after']:.3f} (± {1.96 * s['reward_se']:.3f}) at {s['kl']:.2f} nats per completion."
     )
-    if s.get("curse_share_before"):
-        text += f" {1 - s['curse_share_after'] / s['curse_share_before']:.0%} of the curse words are gone."
+    before, after = (number(s, f"attributes_{when}.cursing.share") for when in ("before", "after"))
+    if before and after is not None and "cursing" in s["parts_after"]:
+        text += f" {1 - after / before:.0%} of the curse words are gone."
     return text
+
+
+def number(summary: dict[str, Any], key: str) -> float | None:
+    """The number at a dotted key, None where there is none."""
+    value: Any = summary
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def warnings(run: Shown) -> list[str]:
@@ -206,9 +215,9 @@ def warnings(run: Shown) -> list[str]:
             f"completions shrank from {s['length_before']:.1f} to {s['length_after']:.1f} tokens: "
             "look whether the policy only learned to stop."
         )
-    if "distinct_after" in s and s["distinct_after"] < 0.6 * s["distinct_before"]:
+    if "distinct_2_after" in s and s["distinct_2_after"] < 0.6 * s["distinct_2_before"]:
         found.append(
-            f"distinct bigrams fell from {s['distinct_before']:.2f} to {s['distinct_after']:.2f}: "
+            f"distinct bigrams fell from {s['distinct_2_before']:.2f} to {s['distinct_2_after']:.2f}: "
             "look for repetition in the samples."
         )
     return found
@@ -216,9 +225,10 @@ def warnings(run: Shown) -> list[str]:
 
 def cell(run: Shown, key: str, form: str) -> str:
     """A number of the table."""
-    if run.summary.get(key) is None:
+    value = number(run.summary, key)
+    if value is None:
         return "–"
-    text = form.format(run.summary[key])
+    text = form.format(value)
     error = run.summary.get(STANDARD_ERRORS.get(key, ""))
     return f"{text} ± {1.96 * error:.3f}" if error is not None else text
 
