@@ -64,6 +64,13 @@ class WorldConfig:
             self.hidden_size % self.heads == 0,
             f"model.world.heads must divide hidden_size, got {self.heads} and {self.hidden_size}",
         )
+        refuse_unless(
+            self.hidden_size // self.heads % 8 == 0,
+            "model.world: hidden_size / heads must be a multiple of 8 (a quarter of each head is rotated in pairs),"
+            f" got {self.hidden_size} / {self.heads}",
+        )
+        refuse_unless(self.context_size >= 2, f"model.world.context_size must be >= 2, got {self.context_size}")
+        refuse_unless(self.lr > 0, f"model.world.lr must be > 0, got {self.lr}")
 
 
 @dataclass
@@ -392,6 +399,9 @@ class AlgoConfig:
     """Completions a phase, over all processes."""
     minibatches: int = 4
     """Optimiser steps an epoch; divides rollouts / processes."""
+    micro_batch: int | None = None
+    """Completions a process puts through the model at once in scoring and updates (gradients add up); divides
+    rollouts / processes / minibatches, which it is when empty."""
     epochs: int = 4
     """Passes over the rollouts of a phase."""
     max_new_tokens: int = 32
@@ -438,6 +448,7 @@ class AlgoConfig:
             self.rollouts % self.minibatches == 0,
             f"algo.minibatches={self.minibatches} must divide algo.rollouts={self.rollouts}",
         )
+        refuse_unless(self.micro_batch is None or self.micro_batch >= 1, "algo.micro_batch must be >= 1")
         refuse_unless(self.kl_target is None or self.kl_target > 0, "algo.kl_target must be > 0 nats")
         refuse_unless(
             0 <= self.critic_warmup < self.phases,

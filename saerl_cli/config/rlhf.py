@@ -77,3 +77,13 @@ class RlhfConfig:
             f"algo.rollouts={self.algo.rollouts} must be a multiple of launch.num_processes x algo.minibatches"
             f" = {per_process}",
         )
+        minibatch = self.algo.rollouts // per_process
+        refuse_unless(
+            self.algo.rollouts >= 2 * self.launch.num_processes,
+            f"algo.rollouts={self.algo.rollouts} leaves fewer than two completions a process; raise it",
+        )
+        refuse_unless(
+            minibatch % (self.algo.micro_batch or minibatch) == 0,
+            f"algo.micro_batch={self.algo.micro_batch} must divide the {minibatch} completions that a process has of a"
+            " minibatch",
+        )

@@ -89,7 +89,7 @@ def build_reward(config: RewardConfig, tokenizer: Any, device: Any = "cpu") -> R
 def build_function(part: RewardPart, tokenizer: Any, device: Any) -> PartFunction:
     """The scoring function of one part."""
     if part.kind is RewardKind.world:
-        return world_function(part.attribute or "", part.per is Per.token, tokenizer)
+        return world_function(part.attribute or "", part.per is Per.token)
     if part.kind is RewardKind.lexicon:
         lexicon = Lexicon(part.words or read_lexicon(part.path or ""), part.per is Per.token)
         return lambda prompts, completions, completion_ids: [lexicon(text) for text in completions]
@@ -107,21 +107,20 @@ def build_function(part: RewardPart, tokenizer: Any, device: Any) -> PartFunctio
     return import_function(part.function or "")
 
 
-def world_function(attribute: str, per_token: bool, tokenizer: Any) -> PartFunction:
-    """Counts the tokens of a completion that carry an attribute of the embedded language, by the language's labels."""
-    from saerl_cli.world.language import ATTRIBUTES, VOCABULARY, labels_of
+def world_function(attribute: str, per_token: bool) -> PartFunction:
+    """Counts the words of a completion that carry an attribute of the embedded language, by the language's labels."""
+    from saerl_cli.world.language import ATTRIBUTES, labels_of, split_words
 
     if attribute not in ATTRIBUTES:
         raise ValueError(f"unknown attribute {attribute!r}; there are {', '.join(sorted(ATTRIBUTES))}")
-    if not set(VOCABULARY) <= tokenizer.get_vocab().keys():
-        raise ValueError("kind=world counts words of the embedded language; this model has another, use kind=lexicon")
 
     def score(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
         scores = []
-        for ids in completion_ids:
-            words = tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
-            count = sum(attribute in labels for labels in labels_of(words))
-            scores.append(count / max(1, len(words)) if per_token else float(count))
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before = split_words(prompt)  # a label may depend on the words before
+            labels = labels_of([*before, *split_words(completion)])[len(before) :]
+            count = sum(attribute in of_word for of_word in labels)
+            scores.append(count / max(1, len(labels)) if per_token else float(count))
         return scores
 
     return score

@@ -1,0 +1,109 @@
+"""What `saerl rlhf` refuses before any work, without importing torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from saerl_cli.activations import documents
+from saerl_cli.config.groups import AdapterConfig, AdapterKind, Dtype, ModelConfig, ModelKind
+from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.models import Site, context_size, describe, folder_sha256, light_tokenizer, locate, resolve_sites
+from saerl_cli.rewards.check import check_reward
+from saerl_cli.rl.prompts import cut_prompts, refuse_too_few
+from saerl_cli.sae.files import check_sae, find_saes, provenance
+
+HASH_UP_TO = 2**31
+"""Bytes of weights that are hashed before the run; larger ones are compared when they are loaded."""
+
+
+def check(config: RlhfConfig) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        ValueError: one line saying what is wrong and what to write instead.
+    """
+    check_reward(config.reward)
+    description = describe(config.model)
+    if config.adapter.kind is AdapterKind.full and config.model.dtype is not Dtype.float32:
+        raise ValueError(
+            f"adapter=full trains the weights, which model.dtype={config.model.dtype.value} rounds away; write"
+            " model.dtype=float32 launch.mixed_precision=bf16"
+        )
+    if config.adapter.kind is AdapterKind.sparse_coeffs:
+        check_saes(config.adapter, config.model, description)
+    check_prompts(config, description)
+
+
+def check_saes(adapter: AdapterConfig, model: ModelConfig, description: Any) -> dict[str, Path]:
+    """The SAE folders to use, by site name, each fit for this model.
+
+    Raises:
+        ValueError: no SAEs, a site without one, or an SAE of another width, site or model.
+    """
+    saes = chosen_saes(adapter)
+    sha256 = known_sha256(model)
+    for name, folder in saes.items():
+        (site,) = resolve_sites([name], description)
+        config = check_sae(folder, model_sha256=sha256, width=site.width)
+        check_module(site, folder, provenance(config).get("module"))
+    return saes
+
+
+def check_module(site: Site, folder: Path, module: str | None) -> None:
+    """Refuse an SAE whose record names another module than its site is in this model."""
+    if module not in (None, site.module):
+        raise ValueError(f"the SAE {folder} was trained at {module}, but {site.name} of this model is {site.module}")
+
+
+def chosen_saes(adapter: AdapterConfig) -> dict[str, Path]:
+    """Site -> folder of the SAEs that the settings name."""
+    saes = find_saes(adapter.saes or "")
+    missing = [site for site in adapter.sites or [] if site not in saes]
+    if missing:
+        raise ValueError(f"there is no SAE of {missing[0]} in {adapter.saes}; there are {', '.join(sorted(saes))}")
+    return {site: saes[site] for site in (adapter.sites or sorted(saes))}
+
+
+def known_sha256(model: ModelConfig) -> str | None:
+    """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.world.cache import planted_folder
+
+        folder = planted_folder(model.world)
+    else:
+        folder = locate(model) if model.kind is ModelKind.local else None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+    return folder_sha256(folder) if folder and 0 < size <= HASH_UP_TO else None
+
+
+def check_prompts(config: RlhfConfig, description: Any) -> None:
+    """Refuse prompts that are too few, or too long together with their completions."""
+    asked, context = config.prompts.tokens + config.algo.max_new_tokens, context_size(description)
+    if asked > context:
+        raise ValueError(
+            f"prompts.tokens={config.prompts.tokens} + algo.max_new_tokens={config.algo.max_new_tokens} = {asked}"
+            f" tokens exceed the model's context of {context}; lower one of them"
+        )
+    encode = light_encoder(config.model)
+    if encode is None:
+        return
+    texts = documents(config.data, config.model, "train")
+    limit = config.algo.rollouts if config.prompts.count is None else min(config.prompts.count, config.algo.rollouts)
+    available = len(cut_prompts(texts, encode, config.prompts.tokens, limit))
+    refuse_too_few(available, config.algo.rollouts, config.prompts.tokens)
+    heldout = documents(config.data, config.model, "heldout")
+    if not cut_prompts(heldout, encode, config.prompts.tokens, 1):
+        raise ValueError(f"no held-out document has more than prompts.tokens={config.prompts.tokens} tokens; lower it")
+
+
+def light_encoder(model: ModelConfig) -> Callable[[str], list[int]] | None:
+    """Text to token ids without special tokens; None where only transformers can read the tokenizer."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.world.language import VOCABULARY, split_words
+
+        ids = {word: index for index, word in enumerate(VOCABULARY)}
+        return lambda text: [ids.get(word, -1) for word in split_words(text)]
+    tokenizer = light_tokenizer(locate(model))
+    if tokenizer is None:
+        return None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,76 @@
+"""What a restart between two phases needs, as JSON and safetensors.
+
+CHECKPOINT/
+  weights.safetensors     every trainable parameter: the policy's and the value head's
+  optimizer.safetensors   AdamW's moments
+  state.json              optimiser and scheduler settings, adaptive KL coefficient, time spent, geometry of a phase
+  trainer_state.json      the Trainer's own counters
+
+No random state is stored: a phase seeds every generator from the run's seed, its own number and the process's rank.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def save(folder: Path, parameters: Iterable[tuple[str, Tensor]], optimizer: Any, state: dict[str, Any]) -> None:
+    """Write parameters, optimiser and state into an existing folder.
+
+    Args:
+        folder: written aside and renamed by the caller.
+        parameters: trainable ones by name.
+        optimizer: a torch optimiser, or Accelerate's wrapper of one.
+        state: plain numbers, strings, lists and dictionaries.
+    """
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters}, folder / WEIGHTS)
+    saved = optimizer.state_dict()
+    moments = {
+        f"{index}.{key}": tensor.detach().cpu().contiguous()
+        for index, entry in saved["state"].items()
+        for key, tensor in entry.items()
+    }
+    save_file(moments, folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(state | {"param_groups": saved["param_groups"]}, allow_nan=False, indent=1))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that `save` was given."""
+    return json.loads((folder / STATE).read_text())
+
+
+def load_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy the saved values into the trainable parameters.
+
+    Raises:
+        ValueError: other names or shapes than those trained now, or values that are not finite.
+    """
+    saved, wanted = load_file(folder / WEIGHTS), dict(parameters)
+    if saved.keys() != wanted.keys():
+        differing = sorted(saved.keys() ^ wanted.keys())[0]
+        raise ValueError(f"the checkpoint {folder} belongs to another run: {differing} is not in both")
+    for name, parameter in wanted.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"the checkpoint {folder} belongs to another run: {name} has shape {list(saved[name].shape)} there,"
+                f" {list(parameter.shape)} here"
+            )
+        if not torch.isfinite(saved[name]).all():
+            raise ValueError(f"the checkpoint {folder} is unusable: {name} is not finite")
+        parameter.data.copy_(saved[name])
+
+
+def load_optimizer(folder: Path, optimizer: Any) -> None:
+    """Restore the optimiser's moments and settings."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / OPTIMIZER).items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": read_state(folder)["param_groups"]})

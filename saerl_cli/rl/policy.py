@@ -1,0 +1,92 @@
+"""A policy together with the reference it is measured against, and how to load one from a finished run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.utils import use_adapter
+
+from saerl_cli.config.groups import AdapterKind, Splice
+from saerl_cli.models import Loaded, eos_token_ids, load_model
+from saerl_cli.rl.runs import policy_folder, run_config
+from saerl_cli.rl.trainer import sample_what_is_scored
+from saerl_cli.run.files import read_json
+
+
+@dataclass
+class Policy:
+    """A trained model, its reference and its tokenizer."""
+
+    model: Any
+    """With the adapter, where there is one."""
+    tokenizer: Any
+    eos_token_ids: list[int]
+    """Every id that ends a completion."""
+    context_size: int
+    """Longest sequence in tokens."""
+    reference_model: Any = None
+    """Of adapter=full: the untouched model. None: the reference is the model with its adapter off, or `ref` on."""
+
+    @contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The model to call as the reference."""
+        if self.reference_model is not None:
+            yield self.reference_model
+            return
+        with use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None):
+            yield self.model
+
+
+def load_policy(run_path: Path | str, device: Any = None) -> Policy:
+    """The policy of a finished run of `saerl rlhf`, in eval mode, all parameters frozen.
+
+    Raises:
+        ValueError: unfinished run, or a base model or SAE that is not the one the policy was trained with.
+    """
+    config = run_config(run_path)
+    folder = policy_folder(run_path, config)
+    loaded = load_model(config.model, device)
+    trained_on = read_json(Path(run_path) / "run.json").get("inputs", {}).get("model", {}).get("sha256")
+    if trained_on not in (None, loaded.sha256):
+        raise ValueError(
+            f"{run_path} was trained on other weights (sha256 {trained_on[:12]}) than {loaded.name} has now"
+            f" ({loaded.sha256[:12]})"
+        )
+    if config.adapter.kind is AdapterKind.full:
+        return full_policy(loaded, folder, device)
+    return adapter_policy(loaded, folder, config.adapter.splice)
+
+
+def full_policy(loaded: Loaded, folder: Path, device: Any) -> Policy:
+    """The model of `folder` with the loaded one as its reference."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded.model.dtype, local_files_only=True)
+    model.to(device or loaded.model.device)
+    model.eval().requires_grad_(False)
+    return plain(Policy(model, loaded.tokenizer, eos_token_ids(loaded), loaded.context_size, loaded.model))
+
+
+def adapter_policy(loaded: Loaded, folder: Path, splice: Splice) -> Policy:
+    """The loaded model with the adapter of `folder`."""
+    from peft import PeftModel
+
+    import saerl_cli.adapter  # noqa: F401 (registers the PEFT method)
+
+    eos = eos_token_ids(loaded)
+    model = PeftModel.from_pretrained(loaded.model, str(folder)).to(loaded.model.device)
+    if splice is Splice.reconstruct:
+        model.add_adapter("ref", model.peft_config["default"])
+        model.set_adapter("default")
+    return plain(Policy(model.eval().requires_grad_(False), loaded.tokenizer, eos, loaded.context_size))
+
+
+def plain(policy: Policy) -> Policy:
+    """The policy with plain sampling: temperature alone, no filters that came with the model."""
+    for model in (policy.model, policy.reference_model):
+        if model is not None:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            sample_what_is_scored(base, policy.eos_token_ids, policy.tokenizer.pad_token_id)
+    return policy

@@ -1,0 +1,42 @@
+"""Finding the policy in a run directory of `saerl rlhf`, without importing torch."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from saerl_cli.config import typed
+from saerl_cli.config.groups import AdapterKind
+from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.run.directory import Run
+
+
+def run_config(run_path: Path | str) -> RlhfConfig:
+    """The settings of a run of `saerl rlhf`.
+
+    Raises:
+        ValueError: it is no such run.
+    """
+    path = Path(run_path)
+    file = path / ".hydra" / "config.yaml"
+    if not file.is_file() or not (path / "run.json").is_file():
+        raise ValueError(f"{path} is not a run directory: it has no run.json with a .hydra/config.yaml")
+    job = Run(path).record.get("job")
+    if job != "rlhf":
+        raise ValueError(f"{path} is a run of `saerl {str(job).replace('_', '-')}`; give one of `saerl rlhf`")
+    try:
+        return typed(OmegaConf.load(file), RlhfConfig)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file} is not a config of `saerl rlhf`: {str(error).splitlines()[0]}") from None
+
+
+def policy_folder(run_path: Path | str, config: RlhfConfig) -> Path:
+    """The folder of the trained adapter or model.
+
+    Raises:
+        ValueError: the run has not finished.
+    """
+    folder = Path(run_path) / ("model" if config.adapter.kind is AdapterKind.full else "adapter")
+    if not folder.is_dir():
+        raise ValueError(f"{run_path} has no {folder.name} folder: the run has not finished; run its command again")
+    return folder
