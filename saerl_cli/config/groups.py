@@ -38,7 +38,7 @@ class Dtype(Enum):
 class WorldConfig:
     """The embedded language and the small Pythia-architecture model trained on it; its hash names the cached model."""
 
-    documents: int = 24_000
+    documents: int = 40_000
     """Reviews generated for training (held-out reviews come on top)."""
     hidden_size: int = 128
     """Width of the residual stream, d_in of an `mlp_out` SAE."""
@@ -48,11 +48,11 @@ class WorldConfig:
     """Attention heads, dividing `hidden_size`."""
     context_size: int = 96
     """Longest sequence in tokens."""
-    steps: int = 1_200
+    steps: int = 800
     """Optimiser steps."""
-    batch_size: int = 64
-    """Reviews a step."""
-    lr: float = 2e-3
+    batch_size: int = 16
+    """Rows of `context_size` tokens a step; a row holds about three reviews."""
+    lr: float = 4e-3
     """Peak learning rate of AdamW."""
     seed: int = 0
     """Seed of the generated text, the initial weights and the batch order."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
 
 
 @dataclass
@@ -17,3 +17,9 @@ class TrainLmConfig:
     """Processes."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 200
+    """Steps between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")

@@ -1,15 +1,15 @@
 """A small generated language with planted truth: short reviews whose attributes are known for every token.
 
-A review draws independent hidden attributes (topic, sentiment, cursing, politeness, a second language, arithmetic) and is then
-written sentence by sentence from templates. An upper-case word of a template is a slot, filled by the method of `Writer` of that
-name; what a slot becomes depends on the hidden attributes and on what was written before (the topic decides nouns, verbs
-and some adjectives; a plural subject its verb; the gender of a second-language noun its article and adjective). The prompt
-reveals the topic but rarely the cursing: most of what makes a reviewer swear becomes known as the review goes on.
+A review draws independent hidden attributes (topic, sentiment, cursing, politeness, a second language, arithmetic) and
+is then written sentence by sentence from templates. What a slot of a template becomes depends on the hidden attributes
+and on what was written before: the topic decides nouns, verbs and some adjectives; a plural subject its verb; the
+gender of a second-language noun its article and adjective; the speaker the pronouns. The beginning of a review reveals
+its topic but often not the cursing, which becomes known as the review goes on.
 
-Labels are read off the words alone (`labels_of`), so that text which a model wrote is labelled by the same rule, and each
+Labels are read off the words alone (`labels_of`), so that text which a model wrote is labelled by the same rule, and a
 label depends on the words up to its token only: what a causal model can know.
 
-Pure Python on purpose: checking a setting never loads torch. Only `random.Random.random` is used, the one method whose
+Pure Python on purpose: checking a setting never loads torch. The only source of chance is `random.Random.random`, whose
 sequence Python promises to keep, so that a review is the same on every version.
 """
 
@@ -22,172 +22,41 @@ from itertools import count, pairwise
 from random import Random
 from typing import TypeVar
 
-Option = TypeVar("Option")
+from saerl_cli.world.words import (
+    ARITHMETIC,
+    BAD,
+    BUENO,
+    CLOSINGS,
+    CURSED_ADJECTIVES,
+    CURSED_ADVERBS,
+    CURSED_CRIES,
+    CURTSIES,
+    DAYS,
+    DISLIKED,
+    FRIENDS,
+    GLAD,
+    GOOD,
+    LEXICAL,
+    LIKED,
+    MALO,
+    MILD_ADVERBS,
+    MILD_CRIES,
+    NUMBERS,
+    OPENINGS,
+    OPERATORS,
+    OPINIONS,
+    PLACES,
+    SAD,
+    SECOND_LANGUAGE,
+    SENTENCES,
+    TOPICS,
+)
+from saerl_cli.world.words import VOCABULARY as VOCABULARY
 
-# --- topics ----------------------------------------------------------------------------------------------------------
+Option = TypeVar("Option")
 
 EOS = "<eos>"
 """Ends a review and separates reviews; the tokenizer's end token."""
-
-
-@dataclass(frozen=True)
-class Topic:
-    """The words that only one topic uses, and its noun in the second language."""
-
-    heads: tuple[str, ...]
-    """The thing reviewed; a review keeps to one of them."""
-    parts: tuple[str, ...]
-    """Singular nouns with a regular plural."""
-    verbs: tuple[tuple[str, str], ...]
-    """(past, base) forms of what one does with it."""
-    good: tuple[str, ...]
-    """Adjectives of praise for this topic alone."""
-    bad: tuple[str, ...]
-    """Adjectives of blame for this topic alone."""
-    article: str
-    """Article of `noun`: "la" also makes adjectives end in a."""
-    noun: str
-    """The thing reviewed, in the second language."""
-
-
-TOPICS = {
-    "film": Topic(
-        heads=("film", "movie"),
-        parts=("plot", "actor", "scene", "ending", "joke", "costume"),
-        verbs=(("watched", "watch"), ("saw", "see")),
-        good=("gripping", "moving", "funny"),
-        bad=("predictable", "dull", "silly"),
-        article="la",
-        noun="pelicula",
-    ),
-    "food": Topic(
-        heads=("meal", "dinner"),
-        parts=("soup", "sauce", "dessert", "noodle", "pie", "salad"),
-        verbs=(("ordered", "order"), ("tasted", "taste")),
-        good=("tasty", "fresh", "crispy"),
-        bad=("stale", "bland", "greasy"),
-        article="la",
-        noun="comida",
-    ),
-    "hotel": Topic(
-        heads=("hotel", "suite"),
-        parts=("bed", "pillow", "shower", "corridor", "carpet", "towel"),
-        verbs=(("reserved", "reserve"), ("rented", "rent")),
-        good=("clean", "cosy", "spacious"),
-        bad=("dirty", "noisy", "damp"),
-        article="el",
-        noun="hostal",
-    ),
-    "book": Topic(
-        heads=("novel", "paperback"),
-        parts=("chapter", "villain", "poem", "author", "page", "riddle"),
-        verbs=(("read", "read"), ("borrowed", "borrow")),
-        good=("clever", "poetic", "wise"),
-        bad=("wordy", "confusing", "shallow"),
-        article="el",
-        noun="libro",
-    ),
-    "phone": Topic(
-        heads=("phone", "handset"),
-        parts=("screen", "keypad", "camera", "button", "speaker", "charger"),
-        verbs=(("bought", "buy"), ("unboxed", "unbox")),
-        good=("fast", "sleek", "sturdy"),
-        bad=("slow", "buggy", "flimsy"),
-        article="el",
-        noun="telefono",
-    ),
-    "park": Topic(
-        heads=("park", "garden"),
-        parts=("fountain", "bench", "rose", "path", "statue", "pond"),
-        verbs=(("visited", "visit"), ("explored", "explore")),
-        good=("green", "peaceful", "shady"),
-        bad=("crowded", "muddy", "smelly"),
-        article="la",
-        noun="plaza",
-    ),
-}
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-GOOD = ("good", "great", "lovely", "superb", "wonderful", "excellent")
-BAD = ("bad", "poor", "awful", "terrible", "dreadful", "horrible")
-LIKED = ("loved", "enjoyed", "adored")
-DISLIKED = ("hated", "disliked", "regretted")
-GLAD = ("happy", "delighted")
-SAD = ("sad", "angry")
-BUENO = ("buen", "bonit", "barat")
-MALO = ("mal", "fe", "car")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-OPERATORS = ("plus", "minus")
-MILD_ADVERBS = ("very", "really", "quite", "rather")
-MILD_CRIES = ("well", "honestly", "frankly")
-CURSED_ADVERBS = ("damn", "bloody", "freaking")
-CURSED_ADJECTIVES = ("damn", "bloody", "freaking", "damned")
-CURSED_CRIES = ("damn", "hell", "crap")
-FRIENDS = ("sister", "brother", "cousin", "neighbour")
-DAYS = ("yesterday", "last week", "on friday", "on sunday", "in spring")
-PLACES = ("station", "river", "school")
-SENTENCES = {1: 0.25, 2: 0.31, 3: 0.24, 4: 0.12, 5: 0.05, 6: 0.03}
-"""Probability of so many sentences between the opening and the closing."""
-
-OPENINGS = (
-    "OH I VERBED this CURSED HEAD DAY .",
-    "I VERBED a CURSED HEAD with MY FRIEND DAY .",
-    "MY FRIEND VERBED this CURSED HEAD with US .",
-    "DAY I VERBED a CURSED HEAD near the PLACE .",
-    "OH this CURSED HEAD was VERY ADJECTIVE END",
-    "this is about the CURSED HEAD that I VERBED DAY .",
-)
-OPINIONS = (
-    "OH the CURSED PART WAS VERY ADJECTIVE END",
-    "the PART WAS VERY ADJECTIVE and VERY ADJECTIVE END",
-    "I LIKED the CURSED PART END",
-    "OH I found the PART VERY ADJECTIVE END",
-    "MY FRIEND LIKED the CURSED HEAD too END",
-    "what a VERY ADJECTIVE CURSED HEAD !",
-    "the CURSED PART made US VERY HAPPY END",
-    "CRY !",
-)
-ARITHMETIC = ("by the way , SUM .", "remember that SUM .", "as we know , SUM .")
-SECOND_LANGUAGE = (
-    "LA NOUN es muy BUENO .",
-    "LA NOUN era BUENO y BUENO .",
-    "amigos , AMO LA NOUN .",
-    "que NOUN muy BUENO !",
-)
-CLOSINGS = (
-    "PLEASE ATTEMPT this CURSED HEAD END",
-    "I give it RATING out of ten END",
-    "I would AGAIN END",
-)
-CURTSIES = ("thank you for reading .", "thanks , dear friends .", "you are welcome , sincerely .")
-
-
-def both_genders(stems: Sequence[str]) -> tuple[str, ...]:
-    """Second-language adjectives in their masculine and feminine form."""
-    return tuple(stem + ending for stem in stems for ending in "oa")
-
-
-TOPIC_WORDS = {
-    f"topic_{name}": frozenset((*topic.heads, *topic.parts, *topic.good, *topic.bad, topic.noun)).union(
-        (part + "s" for part in topic.parts), *topic.verbs
-    )
-    for name, topic in TOPICS.items()
-}
-LEXICAL: dict[str, frozenset[str]] = TOPIC_WORDS | {
-    "positive": frozenset((*GOOD, *LIKED, *GLAD, "joy", "yeah", "amo", *both_genders(BUENO))).union(
-        *(topic.good for topic in TOPICS.values())
-    ),
-    "negative": frozenset((*BAD, *DISLIKED, *SAD, "pity", "odio", *both_genders(MALO))).union(
-        *(topic.bad for topic in TOPICS.values())
-    ),
-    "cursing": frozenset((*CURSED_ADJECTIVES, *CURSED_ADVERBS, *CURSED_CRIES)),
-    "polite": frozenset(("please", "kindly", "thank", "thanks", "dear", "welcome", "sincerely")),
-    "second_language": frozenset(("el", "la", "es", "era", "muy", "y", "que", "amigos", "amo", "odio")).union(
-        both_genders(BUENO), both_genders(MALO), (topic.noun for topic in TOPICS.values())
-    ),
-}
-"""Attribute -> its words; a token carries the attribute when it is one of them."""
 
 ATTRIBUTES: tuple[str, ...] = (
     *LEXICAL,
@@ -223,8 +92,8 @@ SUM_PATTERN = (NUMBERS, OPERATORS, NUMBERS, ("is",), NUMBERS)
 def labels_of(words: Sequence[str]) -> list[frozenset[str]]:
     """The attributes of every word of a text, whoever wrote it.
 
-    A label depends on the words up to its own only, and the end token forgets: labels of a prefix are a prefix of the labels,
-    labels of a row of reviews those of its reviews.
+    A label depends on the words up to its own only, and the end token forgets: the labels of a prefix are a prefix of
+    the labels, the labels of a row of reviews those of its reviews.
 
     Args:
         words: words and punctuation marks as `split_words` gives them; unknown words carry no attribute of their own.
@@ -278,8 +147,8 @@ class Review:
     hidden: Hidden
     """What was drawn before writing."""
     nats: float
-    """-log probability of all choices made in writing it, its end included. The mean over reviews bounds the entropy of a review
-    from above, and closely: two ways of writing the same review differ at most in hidden attributes that it does not show."""
+    """-log probability of all choices made in writing it, its end included. Its mean over reviews bounds the entropy of
+    a review from above, and closely: two ways of writing the same words differ only in what the words do not show."""
 
     @property
     def labels(self) -> list[frozenset[str]]:
@@ -346,12 +215,14 @@ class Writer:
     def weigh(self, options: dict[Option, float]) -> Option:
         """One of the options with the given probabilities."""
         left = self.random.random()
+        chosen = next(reversed(options))  # rounding may leave a little of `left`
         for option, probability in options.items():
             left -= probability
             if left < 0:
+                chosen = option
                 break
-        self.nats -= math.log(probability)
-        return option
+        self.nats -= math.log(options[chosen])
+        return chosen
 
     def chance(self, probability: float) -> bool:
         """True with the given probability."""
@@ -550,16 +421,3 @@ class Writer:
         if self.chance(0.3):
             answer = self.pick([near for near in (answer - 1, answer + 1) if 0 <= near <= 10])
         return f"{NUMBERS[left]} {operator} {NUMBERS[right]} is {NUMBERS[answer]}"
-
-
-def vocabulary() -> list[str]:
-    """Every word that a review can hold, sorted: what the templates say and what their slots are filled with."""
-    templates = " ".join((*OPENINGS, *OPINIONS, *ARITHMETIC, *SECOND_LANGUAGE, *CLOSINGS, *CURTSIES, *DAYS))
-    fixed = "readers note that so as utter what a an but however never it again avoid skip just i we my our me us was were ! ,"
-    fillers = (*MILD_ADVERBS, *MILD_CRIES, *FRIENDS, *PLACES, *NUMBERS, *OPERATORS)
-    words = {word for word in (*templates.split(), *fixed.split()) if not word.isupper()}
-    return sorted(words.union(fillers, *LEXICAL.values()))
-
-
-VOCABULARY: list[str] = vocabulary()
-"""Words and punctuation marks of the language, a token each."""

@@ -8,8 +8,8 @@ from saerl_cli.config.groups import WorldConfig
 def model_shape(config: WorldConfig, vocabulary_size: int) -> dict[str, Any]:
     """Keyword arguments of `transformers.GPTNeoXConfig`: Pythia's architecture, small.
 
-    As in every Pythia: parallel residual (attention and MLP read the same input), rotary positions on a quarter of each head,
-    GELU, MLP four times as wide as the residual stream, embedding and unembedding not tied.
+    As in every Pythia: parallel residual (attention and MLP read the same input), rotary positions on a quarter of each
+    head, GELU, MLP four times as wide as the residual stream, embedding and unembedding not tied.
 
     Args:
         config: sizes.
@@ -23,6 +23,7 @@ def model_shape(config: WorldConfig, vocabulary_size: int) -> dict[str, Any]:
         "intermediate_size": 4 * config.hidden_size,
         "max_position_embeddings": config.context_size,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        "initializer_range": 0.04,  # Pythia's 0.02 learns this language visibly more slowly
         "hidden_act": "gelu",
         "use_parallel_residual": True,
         "tie_word_embeddings": False,

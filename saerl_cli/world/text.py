@@ -40,7 +40,11 @@ def split_documents(documents: list[str], data: DataConfig) -> tuple[list[str], 
 def text_files(data: DataConfig) -> list[Path]:
     """The files that `data.path` names, sorted."""
     pattern = str(Path(data.path or "").expanduser())
-    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    paths = (
+        [Path(pattern)]
+        if Path(pattern).exists()
+        else [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    )
     if not paths:
         raise ValueError(f"data.path={data.path} does not exist; write data.path=FILE or a glob in quotes")
     for path in paths:
@@ -59,9 +63,9 @@ def read_file(path: Path, field: str) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if path.suffix == ".txt":
-        yield from content.splitlines()
+        yield from content.split("\n")
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 yield text_of(parse(line, f"{path} line {number}"), field, f"{path} line {number}")
     else:

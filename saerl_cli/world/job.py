@@ -1,0 +1,109 @@
+"""The job of `saerl train-lm`: a small Pythia-architecture language model of the embedded language or of any text."""
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saerl_cli.config.groups import DataKind, ModelKind, refuse_unless
+from saerl_cli.config.train_lm import TrainLmConfig
+from saerl_cli.run.files import atomic_folder, read_json
+from saerl_cli.run.progress import say
+from saerl_cli.world.cache import damage, measure, planted_folder, planted_model, save_model
+from saerl_cli.world.text import read_documents, split_documents
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from saerl_cli.run.directory import Run
+
+VOCABULARY_LIMIT = 8192
+"""Words of a text that become tokens; rarer ones are <unk>."""
+
+
+def check(config: TrainLmConfig) -> None:
+    """Refuse what cannot work, before anything is written."""
+    refuse_unless(
+        config.model.kind is ModelKind.planted,
+        "train-lm makes a new model: leave model=planted and give its sizes as model.world.hidden_size=… and so on",
+    )
+    refuse_unless(
+        config.data.kind in (DataKind.planted, DataKind.text),
+        "train-lm reads data=planted, or data=text data.path=FILE",
+    )
+    refuse_unless(
+        config.launch.num_processes == 1,
+        f"train-lm runs in one process, got launch.num_processes={config.launch.num_processes}; write launch=one",
+    )
+    refuse_unless(
+        config.data.context_size in (None, config.model.world.context_size),
+        "train-lm takes the context from model.world.context_size; leave data.context_size empty",
+    )
+    if config.data.kind is DataKind.text:
+        split_documents(read_documents(config.data), config.data)
+
+
+def work(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> float:
+    """Train, or take the embedded model from the cache; returns the held-out loss in nats per token."""
+    is_planted = config.data.kind is DataKind.planted
+    summary = planted(config, run) if is_planted else from_text(config, run, accelerator)
+    run.summary(summary)
+    return summary["loss_heldout"]
+
+
+def planted(config: TrainLmConfig, run: "Run") -> dict[str, Any]:
+    """RUN/model is a copy of the cached model, which is trained here if need be."""
+    world = config.model.world
+    cached = damage(planted_folder(world)) is None
+    folder = planted_model(world, run, config.log_every, config.checkpoint_every)
+    if cached:
+        say(f"this model is in the cache already, copied from {folder}")
+    with atomic_folder(run.path / "model", replace=True) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+    summary = summary_of(run.path / "model")
+    if cached:
+        run.truncate(0)
+        run.log(summary["steps"], loss_heldout=summary["loss_heldout"])
+    return {**summary, "cached": cached}
+
+
+def from_text(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> dict[str, Any]:
+    """RUN/model is a model of the text's words."""
+    from saerl_cli.world.tokenizer import build_tokenizer, frequent_words
+    from saerl_cli.world.train import train_model
+
+    start = time.monotonic()
+    world = config.model.world
+    training, heldout = split_documents(read_documents(config.data), config.data)
+    words = frequent_words(build_tokenizer([]), training, VOCABULARY_LIMIT)
+    tokenizer = build_tokenizer(words, world.context_size)
+    ids = [tokenizer(document)["input_ids"] for document in training]
+    model = train_model(
+        world, ids, tokenizer, run, config.log_every, config.checkpoint_every, device=accelerator.device
+    )
+    record = {
+        "config": asdict(world),
+        "data": config.data.path,
+        **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer),
+        "entropy": None,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    with atomic_folder(run.path / "model", replace=True) as partial:
+        save_model(model, tokenizer, partial, record)
+    return summary_of(run.path / "model") | {"cached": False}
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The numbers of a trained model. `entropy` bounds the language's entropy from above, in nats per token."""
+    record = read_json(folder / "world.json")
+    config = record["config"]
+    return {
+        "loss_heldout": record["loss_heldout"],
+        "entropy": record["entropy"],
+        "parameters": record["parameters"],
+        "steps": config["steps"],
+        "tokens": config["steps"] * config["batch_size"] * config["context_size"],
+        "seconds": record["seconds"],
+        "sha256": record["sha256"]["model.safetensors"],
+    }

@@ -1,0 +1,225 @@
+"""Training of a small language model: packed rows, AdamW, cosine schedule; on the CPU the same bits every time.
+
+Batches are a function of seed and step, so a run continues from a checkpoint as if it had never stopped.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from saerl_cli.config.groups import WorldConfig
+from saerl_cli.run.files import write_safetensors
+from saerl_cli.run.progress import progress
+from saerl_cli.world.shape import model_shape
+
+if TYPE_CHECKING:
+    from saerl_cli.run.directory import Run
+
+WARMUP = 0.05
+"""Share of the steps over which the learning rate rises linearly."""
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.05
+"""Decoupled, on matrices only."""
+MAX_GRAD_NORM = 1.0
+IGNORED = -100
+"""Label of positions that are not predicted."""
+
+
+def train_model(
+    config: WorldConfig,
+    documents: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    run: "Run | None" = None,
+    log_every: int = 50,
+    checkpoint_every: int = 200,
+    device: torch.device | str = "cpu",
+) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX model trained from scratch to continue the documents.
+
+    Args:
+        config: shape, number of steps, learning rate, seed.
+        documents: token ids of each document, without end tokens.
+        tokenizer: gives the vocabulary size and the end token.
+        run: where losses and checkpoints go; training continues from its latest checkpoint.
+        log_every: steps between two lines of metrics.jsonl.
+        checkpoint_every: steps between two checkpoints.
+        device: where to train.
+
+    Raises:
+        ValueError: there is too little text for one row, or the loss is not finite.
+    """
+    rows = pack_rows(documents, config.context_size, end_id(tokenizer))
+    model = new_model(config, len(tokenizer))
+    model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    optimizer = new_optimizer(model)
+    start = resume(model, optimizer, run)
+    for step in progress(range(start, config.steps), "language model"):
+        batch = batch_of(rows, config, step).to(device)
+        loss = train_step(model, optimizer, batch, learning_rate(config, step))
+        done = step + 1
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {done}; lower model.world.lr={config.lr}")
+        if run and (done % log_every == 0 or done == config.steps):
+            run.log(done, loss=loss, lr=learning_rate(config, step), tokens=done * batch.numel())
+        if run and done % checkpoint_every == 0 and done < config.steps:
+            with run.save_checkpoint(done) as folder:
+                save_training(model, optimizer, folder)
+    return model.cpu().eval()
+
+
+def new_model(config: WorldConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
+    """The model with its initial weights, a function of `config.seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**model_shape(config, vocabulary_size)))
+
+
+def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the end token, which also separates documents."""
+    identity = tokenizer.eos_token_id
+    assert isinstance(identity, int)
+    return identity
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def pack_rows(documents: Sequence[list[int]], context_size: int, end: int) -> Tensor:
+    """Documents one after the other, an end token after each, cut into rows `[n_rows, context_size]`.
+
+    A row starts where a document starts: one that does not fit is cut and begins the next row anew, so no text is lost,
+    and the model learns the beginning of a document with and without an end token before it. A document longer than a
+    row is cut into pieces first.
+
+    Raises:
+        ValueError: the text does not fill one row.
+    """
+    rows: list[list[int]] = []
+    row: list[int] = []
+    for document in documents:
+        for piece in pieces([*document, end], context_size):
+            row += piece
+            if len(row) >= context_size:
+                overflow = len(row) > context_size
+                rows.append(row[:context_size])
+                row = list(piece) if overflow else []
+    if not rows:
+        raise ValueError(f"the text is shorter than one row of context_size={context_size} tokens")
+    return torch.tensor(rows)
+
+
+def pieces(tokens: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Consecutive pieces of at most `size` tokens."""
+    return (list(tokens[start : start + size]) for start in range(0, len(tokens), size))
+
+
+def batch_of(rows: Tensor, config: WorldConfig, step: int) -> Tensor:
+    """The rows of a step, `[batch_size, context_size]`: an order an epoch, incomplete batches left out."""
+    size = min(config.batch_size, len(rows))
+    epoch, index = divmod(step, len(rows) // size)
+    generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+    order = torch.randperm(len(rows), generator=generator)
+    return rows[order[index * size : (index + 1) * size]]
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+def new_optimizer(model: GPTNeoXForCausalLM) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves biases and norms alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
+
+
+def learning_rate(config: WorldConfig, step: int) -> float:
+    """Linear rise over the first `WARMUP` of the steps, then half a cosine down to 0."""
+    warmup = max(1, round(WARMUP * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+
+
+def train_step(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float) -> float:
+    """One step on `[batch, sequence]` tokens; returns the loss in nats per token."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = next_token_loss(model, batch, batch, "mean")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    return loss.item()
+
+
+def next_token_loss(model: GPTNeoXForCausalLM, tokens: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy in nats of each token given those before it; `tokens` and `labels` are `[batch, sequence]`."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # [batch, sequence - 1, vocabulary]
+    return functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
+    )
+
+
+@torch.no_grad()
+def heldout_loss(model: GPTNeoXForCausalLM, documents: Sequence[list[int]], end: int, batch_size: int = 64) -> float:
+    """Nats per token over the documents and their end tokens, each read after one end token.
+
+    What exceeds the context is read as a sequence of its own that starts at the last token already predicted.
+
+    Args:
+        model: the model, in evaluation mode.
+        documents: token ids without end tokens.
+        end: id of the end token.
+        batch_size: sequences read at once.
+    """
+    context_size = model.config.max_position_embeddings
+    sequences = []
+    for document in documents:
+        tokens = [end, *document, end]
+        sequences += [tokens[start : start + context_size] for start in range(0, len(tokens) - 1, context_size - 1)]
+    total = 0.0
+    for start in range(0, len(sequences), batch_size):
+        batch = [torch.tensor(sequence) for sequence in sequences[start : start + batch_size]]
+        labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=IGNORED)  # [batch, longest]
+        total += next_token_loss(model, labels.clamp(min=0), labels, "sum").item()
+    return total / sum(len(sequence) - 1 for sequence in sequences)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_training(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """What a restart needs beside the number of steps: weights and AdamW's state."""
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    write_safetensors(folder / "training.safetensors", tensors)
+
+
+def resume(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, run: "Run | None") -> int:
+    """Load the run's latest checkpoint, if it has one; returns the number of steps done."""
+    if run is None:
+        return 0
+    latest = run.latest_checkpoint()
+    run.truncate(latest[0] if latest else 0)
+    if latest is None:
+        return 0
+    step, folder = latest
+    tensors = load_file(folder / "training.safetensors")
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    model.load_state_dict(weights)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
