@@ -1,7 +1,7 @@
 """SAE folders in the format of SAELens 6: `cfg.json` and `sae_weights.safetensors`.
 
 Our provenance is `cfg.json: metadata.saerl` (site, module, model_name, model_sha256, revision, training settings);
-unknown metadata survives SAELens. Only `load_sae` and `save_sae` import torch: the rest runs in the checks before a run.
+unknown metadata survives SAELens. Only `load_sae` and `save_sae` import torch: the rest runs in checks before a run.
 """
 
 import json
