@@ -1,51 +1,74 @@
-"""A run directory: who writes it, what it says of itself, what a restart finds in it.
+"""A run directory: what it says of itself, its numbers and samples, what a restart finds in it.
 
-run.json            command, status, times, versions, inputs, trainable parameters
+run.json            job, command, status, times, versions, inputs, trainable parameters
 metrics.jsonl       one object a logged step
 samples.jsonl       prompts and completions
 summary.json        the final numbers
 checkpoints/        checkpoint-N, complete or absent
+.lock               the processes that write here now
 """
 
 import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from saerl_cli.run import lock
 from saerl_cli.run.files import append_jsonl, atomic_folder, read_json, read_jsonl, write_json, write_text
 
-PACKAGES = ("saerl", "torch", "trl", "transformers", "peft", "accelerate", "hydra-core", "datasets")
-
-
-class RunInUse(ValueError):
-    """Another process writes this run directory."""
+STATUSES = ("running", "completed", "failed", "interrupted")
+PACKAGES = ("saerl", "torch", "trl", "transformers", "peft", "accelerate", "hydra-core", "datasets", "numpy")
+LINES = ("metrics.jsonl", "samples.jsonl")
 
 
 class Run:
-    """A run directory.
+    """A run directory, for its writers and its readers.
 
     Args:
-        path: the directory; it exists (Hydra makes it).
+        path: the directory.
         writes: whether this process writes; the others of a multi-process job construct it with False, and then every
             writer does nothing.
     """
 
-    def __init__(self, path: Path, writes: bool = True):
+    def __init__(self, path: Path | str, writes: bool = True):
         self.path, self.writes = Path(path), writes
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    @classmethod
+    def load(cls, path: Path | str) -> "Run":
+        """An existing run, to be read.
 
-    def start(self, job: str, command: str, seed: int | None = None, device: str = "cpu") -> None:
-        """Lock the directory and write run.json with status `running`; times and inputs of an earlier start are kept.
+        Raises:
+            ValueError: there is no run.json.
+        """
+        run = cls(path, writes=False)
+        if not (run.path / "run.json").is_file():
+            raise ValueError(f"{path} is not a run directory: it has no run.json")
+        return run
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json as it stands; empty before the first start."""
+        file = self.path / "run.json"
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def status(self) -> str | None:
+        """running, completed, failed or interrupted; None before the first start."""
+        return self.record.get("status")
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def start(self, job: str, command: str = "", seed: int | None = None, device: str = "cpu") -> None:
+        """Lock the directory and write run.json with status `running`; what an earlier start recorded is kept.
 
         Args:
             job: key of the job, for instance `train_sae`.
@@ -54,64 +77,69 @@ class Run:
             device: name of the device in use.
 
         Raises:
-            RunInUse: another live process holds the lock.
+            saerl_cli.run.lock.InUse: another process writes here.
         """
         if not self.writes:
             return
-        take_lock(self.path)
-        earlier = self.record if (self.path / "run.json").is_file() else {}
-        commit, dirty = git_state()
-        now = utc_now()
-        record = {
-            **earlier,
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock.join(self.path)
+        self.tidy()
+        earlier = self.record
+        facts = {
             "job": job,
             "command": command,
             "status": "running",
-            "started": earlier.get("started", now),
-            "resumed": [*earlier.get("resumed", []), now] if earlier else [],
+            "started": earlier.get("started", utc_now()),
+            "resumed": [*earlier.get("resumed", []), utc_now()] if earlier else [],
             "ended": None,
+            "error": None,
             "seed": seed,
-            "versions": versions(),
-            "git_commit": commit,
-            "git_dirty": dirty,
             "device": device,
             "hostname": socket.gethostname(),
-            "python": platform.python_version(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            **git_state(),
+            "versions": versions(),
         }
-        record.pop("error", None)
-        write_json(self.path / "run.json", record)
+        write_json(self.path / "run.json", earlier | facts)
 
     def end(self, status: str, error: str | None = None) -> None:
-        """Write the final status (completed, failed, interrupted) and release the lock."""
-        if not self.writes:
-            return
-        self.update(status=status, ended=utc_now(), **({"error": error} if error else {}))
-        (self.path / ".lock").unlink(missing_ok=True)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """run.json as it stands."""
-        return read_json(self.path / "run.json")
-
-    @property
-    def status(self) -> str | None:
-        """running, completed, failed or interrupted; None before the first start."""
-        return self.record["status"] if (self.path / "run.json").is_file() else None
+        """Write how the run ended (completed, failed, interrupted) and give up the lock."""
+        if status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
+        if self.writes:
+            self.update(status=status, ended=utc_now(), error=error)
+            lock.release(self.path)
 
     def update(self, **keys: Any) -> None:
-        """Set keys of run.json."""
+        """Set keys of run.json: `inputs`, `trainable`, `frozen_unchanged`, ..."""
         if self.writes:
-            write_json(self.path / "run.json", {**self.record, **keys})
+            write_json(self.path / "run.json", self.record | keys)
 
-    # --- numbers ----------------------------------------------------------------------------------------------------
+    def tidy(self) -> None:
+        """Remove what a killed process left half-written."""
+        for folder in (self.path, self.checkpoint_folder):
+            for partial in folder.glob(".*.partial.*"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        for file in (self.path / name for name in LINES):
+            if file.is_file() and not file.read_bytes().endswith(b"\n"):  # a torn line
+                write_jsonl(file, read_jsonl(file))
+
+    # --- numbers and samples -----------------------------------------------------------------------------------------
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Append a line to metrics.jsonl; `ValueError` naming the first number that is not finite."""
-        if self.writes:
-            append_jsonl(self.path / "metrics.jsonl", {"step": step, **metrics})
+        """Append a line to metrics.jsonl.
 
-    def sample(self, step: int, prompt: str, completion: str, reward: float, kl: float) -> None:
+        Raises:
+            ValueError: a metric is NaN or infinite; the message names it and the step.
+        """
+        if not self.writes:
+            return
+        try:
+            append_jsonl(self.path / "metrics.jsonl", {"step": step, **metrics})
+        except ValueError as error:
+            raise ValueError(f"step {step}: {error}") from None
+
+    def sample(self, step: int, prompt: str, completion: str, reward: float, kl: float | None) -> None:
         """Append a line to samples.jsonl."""
         if self.writes:
             line = {"step": step, "prompt": prompt, "completion": completion, "reward": reward, "kl": kl}
@@ -119,142 +147,82 @@ class Run:
 
     def truncate(self, step: int) -> None:
         """Drop what was logged after `step`, when a run resumes from there: its files become an unbroken run's."""
-        if not self.writes:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.path / name
-            if path.is_file():
-                kept = [line for line in read_jsonl(path) if line["step"] <= step]
-                write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        for file in (self.path / name for name in LINES):
+            if self.writes and file.is_file():
+                write_jsonl(file, [line for line in read_jsonl(file) if line["step"] <= step])
 
-    def summary(self, numbers: dict[str, Any]) -> None:
-        """Write summary.json."""
+    def summary(self, numbers: Mapping[str, Any]) -> None:
+        """Write summary.json, the final numbers."""
         if self.writes:
-            write_json(self.path / "summary.json", numbers)
+            write_json(self.path / "summary.json", dict(numbers))
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json of a finished run."""
         return read_json(self.path / "summary.json")
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Complete checkpoints, oldest first."""
-        found = (self.path / "checkpoints").glob("checkpoint-*")
-        return sorted((int(path.name.rsplit("-", 1)[1]), path) for path in found)
+        """Step and folder of every complete checkpoint, oldest first."""
+        folders = self.checkpoint_folder.glob("checkpoint-*")
+        return sorted((int(match[1]), path) for path in folders if (match := re.fullmatch(r".*-(\d+)", path.name)))
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """The newest complete checkpoint."""
-        return (self.checkpoints() or [None])[-1]
+        """Step and folder of the newest complete checkpoint."""
+        return max(self.checkpoints(), default=None)
 
     @contextlib.contextmanager
     def save_checkpoint(self, step: int, keep: int = 2) -> Iterator[Path]:
-        """A folder to fill, which becomes checkpoints/checkpoint-STEP when the block ends; older ones are deleted.
+        """A folder to fill, which becomes checkpoints/checkpoint-STEP when the block ends; all but `keep` are deleted.
 
-        Only the writing process may enter.
+        Only the process that writes may enter.
         """
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        with atomic_folder(folder / f"checkpoint-{step}", replace=True) as partial:
+        self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(self.checkpoint_folder / f"checkpoint-{step}", replace=True) as partial:
             yield partial
         self.keep(keep)
 
     def keep(self, n: int) -> None:
-        """Delete all but the newest `n` checkpoints, and what a kill left half-written."""
-        if not self.writes:
-            return
-        for _, path in self.checkpoints()[:-n]:
-            doomed = path.with_name(f".{path.name}.partial.deleted")  # never a checkpoint that lacks files
-            os.replace(path, doomed)
-        for path in (self.path / "checkpoints").glob(".checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Delete all checkpoints but the newest `n`."""
+        for _, path in self.checkpoints()[: -n or None]:
+            if self.writes:
+                doomed = path.with_name(f".{path.name}.partial.{os.getpid()}")
+                path.rename(doomed)  # a kill while deleting must leave nothing that looks complete
+                shutil.rmtree(doomed)
 
 
-# --- lock ------------------------------------------------------------------------------------------------------------
-
-
-def take_lock(path: Path) -> None:
-    """Create PATH/.lock naming this process.
-
-    Raises:
-        RunInUse: it names another process that is alive.
-    """
-    lock = path / ".lock"
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid()), "since": utc_now()})
-    for _ in range(2):
-        try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            refuse_in_use(path)
-            lock.unlink(missing_ok=True)  # its holder is gone
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            file.write(mine)
-        return
-    raise RunInUse(f"{path} is in use by another process")
-
-
-def refuse_in_use(path: Path) -> None:
-    """`RunInUse` when a live process other than this one holds PATH/.lock.
-
-    A holder on another host counts as alive: nobody here can tell.
-    """
-    try:
-        holder = json.loads((path / ".lock").read_text())
-    except FileNotFoundError:
-        return
-    except ValueError:  # killed between creating and writing it
-        return
-    if holder["host"] == socket.gethostname() and (
-        holder["pid"] == os.getpid() or born(holder["pid"]) != holder["born"]
-    ):
-        return
-    raise RunInUse(
-        f"{path} is in use by process {holder['pid']} on {holder['host']} since {holder['since']};"
-        " wait for it, or take another hydra.run.dir"
-    )
-
-
-def born(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks, which tells it from a later one of the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return None
-    return "alive"  # no /proc: a reused number cannot be told apart
+def write_jsonl(file: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a jsonl file, atomically."""
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------
 
 
 def utc_now() -> str:
-    """The time, ISO 8601, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def elapsed(since: float) -> float:
-    """Seconds since a `time.monotonic()`, to a tenth."""
-    return round(time.monotonic() - since, 1)
+    """The time, ISO 8601, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
-    found = {}
+    """Versions of Python and of the packages that numbers depend on, without importing them."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
 
 
-def git_state() -> tuple[str | None, bool | None]:
+def git_state() -> dict[str, Any]:
     """Commit of the checkout this package runs from and whether files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None, None
+        return {"git_commit": None, "git_dirty": None}
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -262,6 +230,6 @@ def git_state() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        return {"git_commit": None, "git_dirty": None}

@@ -1,0 +1,84 @@
+"""Fixtures for all tests: an offline, single-threaded process, and the data and models that several tests share."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SAERL_CACHE"] = str(ROOT / ".cache" / "tests")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+TINY_WORLD = {
+    "documents": 400,
+    "hidden_size": 32,
+    "layers": 2,
+    "heads": 2,
+    "context_size": 64,
+    "steps": 60,
+    "batch_size": 16,
+}
+"""Settings of a model that trains in seconds; enough for mechanics, not for claims."""
+TINY_WORDS = [f"model.world.{key}={value}" for key, value in TINY_WORLD.items()]
+"""The same, as words for the command line."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests share two cores, and a fixed number of threads keeps sums in one order."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # else OMP_NUM_THREADS above decides when it is imported
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real models and texts, beside the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder.name} of real models and texts at ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world_model() -> Path:
+    """Folder of a tiny planted model, trained once and kept in .cache/tests."""
+    from saerl_cli.config.groups import WorldConfig
+    from saerl_cli.world.cache import planted_model
+
+    return planted_model(WorldConfig(**TINY_WORLD))
+
+
+@pytest.fixture
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty working directory in which commands find the package; Hydra's log handlers are removed afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield tmp_path
+    root.handlers[:], root.level = handlers, level  # they hold the test runner's closed streams
+
+
+@pytest.fixture
+def saerl(empty_place: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command in a process of its own, in an empty directory: `saerl("rlhf", "seed=1").returncode`."""
+
+    def run(*words: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "saerl_cli.cli", *words],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | env,
+        )
+
+    return run
