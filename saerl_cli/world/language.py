@@ -86,7 +86,10 @@ OF_WORD = {
     word: frozenset(name for name, words in LEXICAL.items() if word in words)
     for word in frozenset().union(*LEXICAL.values())
 }
+AFTER_WORD = {word: frozenset(f"after_{name}" for name in names) for word, names in OF_WORD.items()}
+NONE: frozenset[str] = frozenset()
 SUM_PATTERN = (NUMBERS, OPERATORS, NUMBERS, ("is",), NUMBERS)
+SUM_WORDS = frozenset().union(*SUM_PATTERN)
 
 
 def labels_of(words: Sequence[str]) -> list[frozenset[str]]:
@@ -99,13 +102,14 @@ def labels_of(words: Sequence[str]) -> list[frozenset[str]]:
         words: words and punctuation marks as `split_words` gives them; unknown words carry no attribute of their own.
     """
     labels = []
-    seen: frozenset[str] = frozenset()
+    seen = NONE
     for position, word in enumerate(words):
         if word == EOS:
-            seen = frozenset()
-        here = OF_WORD.get(word, frozenset())
-        seen |= {f"after_{name}" for name in here}
-        labels.append(here | seen | arithmetic_labels(words[max(0, position - 4) : position + 1]))
+            seen = NONE
+        here = OF_WORD.get(word, NONE)
+        seen |= AFTER_WORD.get(word, NONE)
+        summed = arithmetic_labels(words[max(0, position - 4) : position + 1]) if word in SUM_WORDS else NONE
+        labels.append(here | seen | summed)
     return labels
 
 
