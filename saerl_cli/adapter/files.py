@@ -1,0 +1,136 @@
+"""Adapter folders: PEFT's two files, with coefficients and nothing else in them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saerl_cli.adapter.config import PEFT_TYPE, SparseCoeffConfig
+from saerl_cli.adapter.model import SparseCoeffModel
+from saerl_cli.run.files import atomic_folder, read_json, write_safetensors, write_text
+from saerl_cli.sae.files import check_sae
+
+README = """\
+Coefficients of sparse-autoencoder features: a PEFT adapter of the kind SPARSE_COEFFS, which the package saerl defines.
+
+    import saerl_cli.adapter  # makes the kind known to PEFT
+    from peft import PeftModel
+
+    policy = PeftModel.from_pretrained(base_model, "this folder")
+
+The autoencoders are not in here. `adapter_config.json` says where they were (`saes`, `relative_saes`) and by which hash
+they are recognised (`sae_sha256`); they are also found in `../sae/SITE` and `sae/SITE`.
+"""
+
+
+def save_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Path:
+    """Write the policy alone: its coefficients and their configuration, complete or not at all.
+
+    A checkpoint may hold more: a value head in `modules_to_save`, a reference adapter. Neither is part of the policy.
+
+    Args:
+        model: a `PeftModel` with coefficients.
+        folder: the folder to write; an existing one is replaced.
+        adapter_name: which adapter.
+
+    Raises:
+        ValueError: a coefficient is NaN or infinite.
+    """
+    folder = Path(folder)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items() if _is_coefficient(key)}
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.modules_to_save, config.inference_mode = None, True
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder, replace=True) as temporary:
+        config.save_pretrained(str(temporary))  # a sibling of `folder`, so paths relative to it are the same
+        write_safetensors(temporary / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
+        write_text(temporary / "README.md", README)
+    return folder
+
+
+def check_adapter(folder: Path | str) -> SparseCoeffConfig:
+    """Refuse an adapter that cannot be loaded, without a model; returns its configuration.
+
+    Raises:
+        ValueError: no such folder, another kind of adapter, damaged files, NaN, an SAE that is missing or another one.
+    """
+    config, state = _read(Path(folder))
+    for path in config.saes or {}:
+        sizes = check_sae(config.find_sae(path), config.model_sha256)
+        for key, value in state.items():
+            if _module(key) == path and value.shape != (sizes["d_sae"],):
+                raise ValueError(
+                    f"{folder}: {key} has shape {tuple(value.shape)}, but its SAE has {sizes['d_sae']} features"
+                )
+    return config
+
+
+def load_adapter(
+    model: Any, folder: Path | str, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """`PeftModel.from_pretrained` after `check_adapter`.
+
+    Args:
+        model: the base model; it is wrapped in place.
+        folder: an adapter folder.
+        adapter_name: name for it in the model.
+        is_trainable: whether its coefficients get gradients.
+
+    Raises:
+        ValueError: the folder, its SAEs or the model do not fit together.
+    """
+    check_adapter(folder)
+    return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable)
+
+
+def read_deltas(folder: Path | str) -> dict[str, Tensor]:
+    """Site name -> delta, [d_sae], of a saved adapter; needs neither the model nor the SAEs.
+
+    Raises:
+        ValueError: no such folder, another kind of adapter, damaged files, NaN.
+    """
+    config, state = _read(Path(folder))
+    sites = config.sites or {}
+    return {
+        sites.get(_module(key), _module(key)): value for key, value in state.items() if "sparse_coeffs_delta" in key
+    }
+
+
+def _read(folder: Path) -> tuple[SparseCoeffConfig, dict[str, Tensor]]:
+    """Configuration and coefficients of an adapter folder."""
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"no adapter in {folder}: {name} is missing")
+    values = read_json(folder / CONFIG_NAME)
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind != PEFT_TYPE:
+        raise ValueError(f"{folder} is no adapter of SAE coefficients: its peft_type is {kind!r}, not {PEFT_TYPE!r}")
+    config = SparseCoeffConfig.from_pretrained(str(folder))
+    try:
+        state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is corrupted ({error})") from None
+    state = {key: value for key, value in state.items() if _is_coefficient(key)}
+    missing = set(config.saes or {}) - {_module(key) for key in state}
+    if missing:
+        raise ValueError(f"{folder} has no coefficients for {min(missing)}")
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{folder}: {key} has NaN or infinite coefficients")
+    return config, state
+
+
+def _is_coefficient(key: str) -> bool:
+    return f".{SparseCoeffModel.prefix}" in key
+
+
+def _module(key: str) -> str:
+    """Module path of a key of the file: `base_model.model.<path>.sparse_coeffs_delta.weight`."""
+    path = key.partition(f".{SparseCoeffModel.prefix}")[0].removeprefix("base_model.model.")
+    return ".".join(part for part in path.split(".") if part != "base_layer")
