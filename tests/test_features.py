@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from saerl_cli.analysis.features import logit_effect, most_fired_tokens, strongest_contexts
+from saerl_cli.analysis.features import logit_effect, strongest_contexts
 
 SIZES = {"vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -51,12 +51,6 @@ def test_hidden_layer_directions_go_through_the_second_map():
     torch.testing.assert_close(
         logit_effect(model, "gpt_neox.layers.1.mlp.act", d), logit_effect(model, "gpt_neox.layers.1.mlp", through)
     )
-
-
-def test_tokens_are_ranked_by_summed_activation():
-    f = torch.tensor([0.0, 2.0, 3.0, 1.5, 0.0])
-    ids = torch.tensor([0, 1, 2, 1, 3])
-    assert most_fired_tokens(f, ids, Letters(), 4) == ["b", "c"]  # 3.5, 3.0; a and d never fire
 
 
 def test_contexts_are_the_strongest_places_in_different_rows():

@@ -10,6 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saerl_cli.activations import capture, documents, row_length, special_ids, text_mask, token_rows
+from saerl_cli.adapter.files import check_adapter, read_deltas
+from saerl_cli.config.groups import AdapterKind
+from saerl_cli.models import Loaded, Site, load_model, resolve_sites
+from saerl_cli.rl.policy import policy_folder, run_config
+from saerl_cli.run.files import write_json
+from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.describe import top_tokens
+from saerl_cli.sae.files import load_sae
+
 FINAL_NORMS = ("gpt_neox.final_layer_norm", "model.norm", "transformer.ln_f", "model.decoder.final_layer_norm")
 HIDDEN_TO_RESIDUAL = ("dense_4h_to_h", "down_proj", "c_proj", "fc2")
 """Names, in the families we know, of the linear map from an MLP's hidden layer to the residual stream."""
@@ -118,25 +128,89 @@ def strongest_contexts(f: Tensor, rows: Tensor, tokenizer: Any, n: int, width: i
     return contexts
 
 
-def most_fired_tokens(f: Tensor, token_ids: Tensor, tokenizer: Any, n: int) -> list[str]:
-    """Tokens by summed activation of one feature, largest first.
+def features_file(run: Path) -> Path:
+    """Where a run keeps what `describe_run` found."""
+    return run / "features.json"
+
+
+# --- a run's features ------------------------------------------------------------------------------------------------
+
+
+def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, Any]:
+    """What RLHF did to the features of a finished coefficient run; also written to RUN/features.json.
+
+    Activations are those of the untouched model on held-out text: what a feature is, not what it has become.
 
     Args:
-        f: activations [tokens].
-        token_ids: the token at each of them [tokens].
-        tokenizer: decodes them.
-        n: how many at most; tokens that never fire the feature are left out.
+        run: run directory of `saerl rlhf --sparse-coeffs`.
+        count: features described, by effect.
+        tokens: held-out tokens read, at most.
+
+    Returns:
+        `features`: `MovedFeature` as dictionaries, largest effect first; `deltas`: site -> delta of every feature.
+
+    Raises:
+        ValueError: no finished run of that kind.
     """
-    total = torch.zeros(int(token_ids.max()) + 1).index_add_(0, token_ids, f.float())  # [V]
-    best = total.topk(min(n, len(total)))
-    return [shown(tokenizer, i) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True) if v > 0]
+    config = run_config(run)
+    if config.adapter.kind is not AdapterKind.sparse_coeffs:
+        raise ValueError(f"{run} changed all weights (adapter={config.adapter.kind.value}): it has no coefficients")
+    folder = policy_folder(run, config)
+    adapter, deltas = check_adapter(folder), read_deltas(folder)
+    loaded = load_model(config.model)
+    length = row_length(config.data, loaded.context_size)
+    rows = token_rows(documents(config.data, config.model, "heldout"), loaded.tokenizer, length)
+    rows = rows[: max(1, tokens // length)]
+    sites = {site.name: site for site in resolve_sites(list(deltas), loaded.model)}
+    moved: list[MovedFeature] = []
+    for name, delta in deltas.items():
+        sae = load_sae(adapter.find_sae(sites[name].module))
+        moved += moved_features(loaded, sites[name], sae, delta, rows, count)
+    moved.sort(key=lambda feature: -feature.effect)
+    found = {
+        "features": [asdict(feature) for feature in moved[:count]],
+        "deltas": {name: [round(float(d), 6) for d in delta] for name, delta in deltas.items()},
+    }
+    write_json(features_file(run), found)
+    return found
 
 
-def as_records(features: list[MovedFeature]) -> list[dict]:
-    """Plain dictionaries, for JSON."""
-    return [asdict(feature) for feature in features]
+@torch.no_grad()
+def moved_features(loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Tensor, count: int) -> list[MovedFeature]:
+    """The features of a site whose coefficients changed most, by effect on held-out text.
 
-
-def features_file(run: Path) -> Path:
-    """Where a run keeps what `moved_features` found."""
-    return run / "features.json"
+    Args:
+        loaded: the model.
+        site: where the SAE is.
+        sae: the SAE.
+        delta: [d_sae].
+        rows: held-out token ids [rows, seq].
+        count: how many.
+    """
+    special = special_ids(loaded.tokenizer)
+    h = torch.cat([capture(loaded.model, [site], part)[site.name].float() for part in rows.split(16)])
+    text = text_mask(rows, special)  # [rows, seq]
+    f = sae.encode(h) * text[..., None]  # [rows, seq, d_sae]
+    n = text.sum()
+    effect = delta.abs() * (f.sum((0, 1)) / n) * sae.W_dec.norm(dim=-1)  # [d_sae]
+    chosen = [i for i in effect.topk(min(count, len(effect))).indices.tolist() if delta[i] != 0]
+    fired = top_tokens(sae, h[text], rows[text], 6, chosen)
+    found = []
+    for feature, ids in zip(chosen, fired, strict=True):
+        promotes, suppresses = extreme_tokens(
+            logit_effect(loaded.model, site.module, sae.W_dec[feature]), loaded.tokenizer, 6
+        )
+        found.append(
+            MovedFeature(
+                site=site.name,
+                feature=feature,
+                delta=float(delta[feature]),
+                density=float((f[..., feature] > 0).sum() / n),
+                effect=float(effect[feature]),
+                fires_on=[shown(loaded.tokenizer, i) for i in ids],
+                promotes=promotes,
+                suppresses=suppresses,
+                contexts=strongest_contexts(f[..., feature], rows, loaded.tokenizer, 3),
+            )
+        )
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from saerl_cli.analysis.features import features_file
+from saerl_cli.analysis.features import describe_run, features_file
 from saerl_cli.report import figures
 from saerl_cli.run.files import read_json, read_jsonl
 
@@ -92,6 +92,8 @@ def load(path: Path) -> Shown:
         status = read_json(path / "run.json").get("status")
         raise ValueError(f"{path} is {status} and has no summary yet; repeat its command to finish it")
     features = features_file(path)
+    if not features.is_file() and (path / "adapter").is_dir():
+        describe_run(path)
     return Shown(
         name=path.name,
         path=path,
