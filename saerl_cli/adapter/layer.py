@@ -95,7 +95,21 @@ class Coefficients(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d_sae, device=device, dtype=torch.float32))
 
 
-class SparseCoeffLayer(nn.Module, BaseTunerLayer):
+class Transparent(nn.Module):
+    """A module around another one, whose public attributes it lends: some models read them off their layers."""
+
+    inner: str
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self.inner or name.startswith("_"):
+                raise
+            return getattr(super().__getattr__(self.inner), name)
+
+
+class SparseCoeffLayer(Transparent, BaseTunerLayer):
     """A module of the base model with coefficients on the features of its output.
 
     Attributes:
@@ -105,6 +119,7 @@ class SparseCoeffLayer(nn.Module, BaseTunerLayer):
         site: the name of the site.
     """
 
+    inner = "base_layer"
     adapter_layer_names = ("sparse_coeffs_delta", "sparse_coeffs_bias")
     other_param_names = ()
 
@@ -180,33 +195,24 @@ class SparseCoeffLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 getattr(self, name)[adapter_name].to(device or self.sae.W_dec.device, torch.float32)
 
-    def __getattr__(self, name: str) -> Any:
-        """Public attributes of the wrapped module, which a model may read off its layers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
 
-
-class FixedSplice(nn.Module):
+class FixedSplice(Transparent):
     """The same splice with fixed coefficients and no trace of PEFT: what `merge_and_unload` leaves behind."""
+
+    inner = "base"
 
     def __init__(self, base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Tensor | None):
         super().__init__()
-        self.base, self.sae, self.kind = base, sae, kind
         self.delta: Tensor
         self.shift: Tensor | None
         self.register_buffer("delta", delta.detach().clone())
         self.register_buffer("shift", None if shift is None else shift.detach().clone())
+        self.base, self.sae, self.kind = base, sae, kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output with the splice in it."""
         output = self.base(*args, **kwargs)
         return on_activation(output, lambda h: splice(self.sae, h, self.kind, self.delta, self.shift))
-
-    __getattr__ = SparseCoeffLayer.__getattr__
 
 
 def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Tensor | None) -> nn.Module:
