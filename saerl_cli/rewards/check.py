@@ -9,6 +9,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from saerl_cli.config.groups import RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.lexicon import read_lexicon
@@ -106,8 +107,8 @@ def import_function(target: str) -> Callable[..., list[float]]:
     except Exception as error:  # the user's module may fail in any way
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot import {module_name!r} for function={target}: {reason}") from None
-    function = getattr(module, name, None)
-    if not callable(function):
+    function: Any = getattr(module, name, None)
+    if not hasattr(function, "__call__"):  # noqa: B004 (callable() narrows the type to one that returns object)
         raise ValueError(f"function={target}: the module {module_name!r} has no function {name!r}")
     return function
 

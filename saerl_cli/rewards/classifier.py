@@ -66,7 +66,8 @@ class Classifier:
     def score(self, rows: list[list[int]]) -> Tensor:
         """Token ids of n completions to scores [n]; padded on the right."""
         width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)  # [n, T]
+        pad: Any = self.tokenizer.pad_token_id
+        ids = torch.full((len(rows), width), pad)  # [n, T]
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1

@@ -35,11 +35,12 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     """Draw fresh samples, measure, write summary.json; returns the reward of the policy."""
     from saerl_cli.activations import documents
     from saerl_cli.rewards.score import TOTAL, build_reward
-    from saerl_cli.rl.job import curse_words, heldout_rows
+    from saerl_cli.rl.build import heldout_rows
     from saerl_cli.rl.measure import Sampling, measure
     from saerl_cli.rl.policy import load_policy
     from saerl_cli.rl.prompts import build_prompts
     from saerl_cli.rl.runs import run_config
+    from saerl_cli.rl.summary import curse_words
     from saerl_cli.rl.trainer import derived_seed
 
     start = time.monotonic()
@@ -61,8 +62,6 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
         policy,
         reward,
         drawn(prompts, config.evaluation.samples, config.seed),
-            : config.evaluation.samples
-        ],
         heldout_rows(trained, policy.context_size, policy.tokenizer, texts),
         how,
         attributes=trained.model.kind is ModelKind.planted,

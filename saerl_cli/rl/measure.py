@@ -139,19 +139,21 @@ def sequence_kl(
 
 @torch.no_grad()
 def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16) -> float:
-    """Mean negative log-likelihood of held-out text, nats per token.
+    """Mean negative log-likelihood of held-out text, nats per token; the ends of documents count, filling does not.
 
     Args:
         model: a causal language model.
-        rows: [n, context] packed token ids.
+        rows: [n, context] packed token ids, each row beginning with the separator of documents.
         batch_size: rows in one forward pass.
     """
     total, count = 0.0, 0
+    separator = rows[0, 0].item()
     for start in range(0, len(rows), batch_size):
         ids = rows[start : start + batch_size].to(model.device)
         logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # [n, context - 1, vocabulary]
-        total -= logp.gather(-1, ids[:, 1:, None]).double().sum().item()
-        count += ids[:, 1:].numel()
+        text = (ids[:, :-1] != separator) | (ids[:, 1:] != separator)  # not: a separator after another
+        total -= (logp.gather(-1, ids[:, 1:, None]).squeeze(-1).double() * text).sum().item()
+        count += int(text.sum())
     return total / max(count, 1)
 
 

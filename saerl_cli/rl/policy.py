@@ -71,12 +71,10 @@ def full_policy(loaded: Loaded, folder: Path, device: Any) -> Policy:
 
 def adapter_policy(loaded: Loaded, folder: Path, splice: Splice) -> Policy:
     """The loaded model with the adapter of `folder`."""
-    from peft import PeftModel
-
-    import saerl_cli.adapter  # noqa: F401 (registers the PEFT method)
+    from saerl_cli.adapter import load_adapter
 
     eos = eos_token_ids(loaded)
-    model = PeftModel.from_pretrained(loaded.model, str(folder)).to(loaded.model.device)
+    model = load_adapter(loaded.model, folder).to(loaded.model.device)
     if splice is Splice.reconstruct:
         model.add_adapter("ref", model.peft_config["default"])
         model.set_adapter("default")

@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from saerl_cli.rl import checkpoint, ppo_math
+from saerl_cli.rl.ppo_config import PPOConfig
 from saerl_cli.rl.value import add_value_head, is_value_parameter
 from saerl_cli.run.files import atomic_folder
 
@@ -37,81 +37,6 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 class Diverged(ValueError):
     """A loss, reward or parameter that is not finite; the message names the phase."""
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """GRPOConfig with PPO's settings. `beta` is the KL coefficient in the reward, `epsilon` the clip range.
-
-    `learning_rate` belongs to the policy's parameters, `value_learning_rate` to the value head; `max_grad_norm` holds
-    for each of the two.
-    """
-
-    num_generations: int = field(default=1, metadata={"help": "Completions a prompt; the critic replaces the group."})
-    num_iterations: int = field(default=4, metadata={"help": "PPO epochs: passes over the completions of a phase."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Of the policy; 1e-2 suits SAE coefficients."})
-    beta: float = field(default=0.05, metadata={"help": "KL coefficient in the per-token reward, > 0."})
-    loss_type: str = field(default="dapo", metadata={"help": "Token mean over the phase, the same for every split."})
-    scale_rewards: str = field(default="none", metadata={"help": "Unused: a critic is the baseline."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Of AdamW."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Sampling and scoring must be one distribution."})
-    activation_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
-    bf16: bool | None = field(default=False, metadata={"help": "Autocast in bfloat16."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN stops the run instead."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "No outside trackers."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount."})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's change."})
-    value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value head."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Over all processes and kept tokens."})
-    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Subtracted where no end token came."})
-    detach_value_trunk: bool = field(default=True, metadata={"help": "Else value gradients move the policy too."})
-    critic_warmup: int = field(default=0, metadata={"help": "First phases in which only the value head learns."})
-    kl_target: float | None = field(default=None, metadata={"help": "Nats per completion; beta adapts to reach it."})
-    kl_horizon: float = field(default=10_000.0, metadata={"help": "Episodes over which beta adapts."})
-
-    def __post_init__(self):
-        alone = self.num_generations == 1
-        if alone:  # GRPOConfig refuses 1: lend it a divisor of the generation batch while it validates
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
-            self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
-            self.num_generations_eval = 1
-            if self.num_generations < 2:
-                raise ValueError("a phase needs at least two completions a process")
-        super().__post_init__()
-        if alone:
-            self.num_generations = 1
-        self.logging_steps = self.steps_per_phase
-        refusals = {
-            "beta must be > 0: it is the KL coefficient of the reward": self.beta <= 0,
-            "use_vllm: its weight sync merges the adapter, and a splice cannot be merged": self.use_vllm,
-            "use_transformers_continuous_batching with bf16 casts the whole model, coefficients included": (
-                self.use_transformers_continuous_batching and bool(self.bf16)
-            ),
-            "mask_truncated_completions hides exactly the completions missing_eos_penalty is for": (
-                self.mask_truncated_completions and self.missing_eos_penalty is not None
-            ),
-            "loss_type must be dapo: the value loss is normalised like it": self.loss_type != "dapo",
-            "steps_per_generation must be a multiple of gradient_accumulation_steps": (
-                self.steps_per_generation % self.gradient_accumulation_steps != 0
-            ),
-            f"save_steps must be a multiple of {self.steps_per_phase}, the optimiser steps of a phase: rollouts are not"
-            " saved, so only a checkpoint between two phases resumes exactly": (
-                self.save_strategy == "steps" and self.save_steps % self.steps_per_phase != 0
-            ),
-            f"max_steps must be a multiple of {self.steps_per_phase}, the optimiser steps of a phase": (
-                self.max_steps > 0 and self.max_steps % self.steps_per_phase != 0
-            ),
-        }
-        for message, holds in refusals.items():
-            if holds:
-                raise ValueError(message)
-
-    @property
-    def steps_per_phase(self) -> int:
-        """Optimiser steps of a phase: epochs x minibatches."""
-        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
 
 class EpochSampler(RepeatSampler):
@@ -156,6 +81,13 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names, _name = ["trl", "ppo"], "PPO"
 
+    args: PPOConfig  # narrower than the base classes say, or wrapped by Accelerate
+    model: Any
+    train_dataset: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,
@@ -167,9 +99,9 @@ class PPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)
         self.on_phase = on_phase or (lambda metrics: None)
         self.open_checkpoint = open_checkpoint or (
-            lambda step: atomic_folder(Path(self.args.output_dir) / f"checkpoint-{step}", replace=True)
+            lambda step: atomic_folder(Path(self.args.output_dir or ".") / f"checkpoint-{step}", replace=True)
         )
-        needed = self.args.generation_batch_size // self.args.num_generations
+        needed = (self.args.generation_batch_size or 0) // self.args.num_generations
         if len(self.train_dataset) < needed:  # TRL would end the run at step 0 without a word
             raise ValueError(f"there are {len(self.train_dataset)} prompts, but one phase takes {needed}")
         base = self.model
@@ -214,7 +146,7 @@ class PPOTrainer(GRPOTrainer):
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        stock = super()._get_train_sampler(dataset)
+        stock: Any = super()._get_train_sampler(dataset)
         return EpochSampler(stock, lambda: int(self.state.epoch or 0))
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
@@ -262,7 +194,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any, Any]:
         values: list[Tensor] = []
 
         def recording(**inputs: Any) -> Any:  # the base class only ever calls `model(...)`
@@ -373,13 +305,11 @@ class PPOTrainer(GRPOTrainer):
         }
         rows = self.accelerator.gather(torch.stack(list(columns.values()), dim=1))  # [processes * B, 5]
         total = self.raw_rewards @ self.reward_weights.to(self.raw_rewards)
+        parts = zip(self.reward_func_names, self.raw_rewards.mean(0).tolist(), strict=True)
         self.rollout_statistics = {
             "reward": total.mean().item(),
             "reward_std": total.std().item(),
-            **{
-                f"reward/{name}": x.item()
-                for name, x in zip(self.reward_func_names, self.raw_rewards.mean(0), strict=True)
-            },
+            **{f"reward/{name}": value for name, value in parts},
             **dict(zip(columns, rows.mean(0).tolist(), strict=True)),
             "tokens": rows[:, list(columns).index("length")].sum().item(),
             "episodes": len(rows),
@@ -503,7 +433,7 @@ class PPOTrainer(GRPOTrainer):
         """TRL reports which trainers are used; this one does not."""
 
 
-def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: int) -> None:
+def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
     """Drop generation settings that came with a model (top-k, penalties, suppressed tokens ...).
 
     Scoring knows the temperature alone, so anything else would make samples that the policy did not produce.

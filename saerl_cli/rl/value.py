@@ -33,6 +33,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., width] to values [...], float32."""
         return self.out(hidden.float()).squeeze(-1)
 
 

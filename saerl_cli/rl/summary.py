@@ -1,0 +1,124 @@
+"""The numbers that a run of `saerl rlhf` ends with."""
+
+import resource
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saerl_cli.activations import capture, special_ids, text_mask
+from saerl_cli.adapter import deltas
+from saerl_cli.config.groups import ModelKind
+from saerl_cli.models import resolve_sites
+from saerl_cli.rl.build import Parts
+from saerl_cli.rl.measure import cycled, measure
+from saerl_cli.rl.policy import Policy
+from saerl_cli.rl.trainer import PPOTrainer
+from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.sae.describe import top_tokens
+from saerl_cli.sae.files import load_sae
+
+CHANGED = 1e-3
+"""A coefficient with |delta| above this counts as changed."""
+TOP_FEATURES = 20
+"""Most moved features in summary.json."""
+LABEL_ROWS = 64
+"""Held-out rows that name a feature by the token it fires on."""
+
+
+def summarise(parts: Parts, trainer: PPOTrainer, policy: Policy) -> dict[str, Any]:
+    """The numbers of summary.json."""
+    config = parts.config
+    policy.model.eval()
+    numbers, _, _ = measure(
+        policy,
+        parts.reward,
+        cycled(parts.heldout_prompts, config.evaluation.samples),
+        parts.heldout_rows,
+        parts.sampling("summary"),
+        attributes=config.model.kind is ModelKind.planted,
+    )
+    sizes = {name: p.numel() for name, p in trainer.trainable()}
+    value = sum(size for name, size in sizes.items() if is_value_parameter(name))
+    episodes = config.algo.phases * config.algo.rollouts
+    return {
+        "adapter": config.adapter.kind.value,
+        "trainable_parameters": sum(sizes.values()) - value,
+        "value_parameters": value,
+        **numbers,
+        **curse_words(numbers),
+        "phases": config.algo.phases,
+        "steps": trainer.args.max_steps,
+        "samples": episodes,
+        "seconds": trainer.seconds,
+        "samples_per_second": episodes / max(trainer.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(),
+        "frozen_unchanged": True,  # the run has failed before this when it is not
+        **coefficient_statistics(policy.model),
+        "top_features": top_features(parts, policy),
+    }
+
+
+def curse_words(numbers: dict[str, Any]) -> dict[str, float]:
+    """In the embedded world: curse words per completion, their share of all words, and how much of that is gone."""
+    if "attributes_before" not in numbers:
+        return {}
+    found = {}
+    for when in ("before", "after"):
+        cursing = numbers[f"attributes_{when}"]["cursing"]
+        found |= {f"curse_words_{when}": cursing["per_completion"], f"curse_share_{when}": cursing["share"]}
+    if found["curse_share_before"] > 0:
+        found["curse_removed"] = 1 - found["curse_share_after"] / found["curse_share_before"]
+    return found
+
+
+def coefficient_statistics(model: Any) -> dict[str, float]:
+    """How far the coefficients are from untouched; empty without any."""
+    found = deltas(model)
+    if not found:
+        return {}
+    delta = torch.cat(list(found.values()))
+    return {
+        "changed": int((delta.abs() > CHANGED).sum()),
+        "delta_max": delta.abs().max().item(),
+        "delta_norm": delta.norm().item(),
+    }
+
+
+def top_features(parts: Parts, policy: Policy) -> list[dict[str, Any]]:
+    """The most moved features, each labelled with the token it fires most on in held-out text; "" if it never does."""
+    moved = most_moved(deltas(policy.model), TOP_FEATURES)
+    if not moved:
+        return []
+    tokenizer, rows = parts.loaded.tokenizer, parts.heldout_rows[:LABEL_ROWS]
+    sites = resolve_sites(list(parts.saes), parts.loaded.model)
+    with policy.reference():
+        base = policy.model.get_base_model()
+        activations = capture(base, sites, rows.to(base.device))
+    text = text_mask(rows, special_ids(tokenizer))  # [n, context]
+    labels: dict[tuple[str, int], str] = {}
+    for site in sites:
+        features = [feature for name, feature, _ in moved if name == site.name]
+        x = activations[site.name].cpu()[text]  # [tokens, width]
+        tokens = top_tokens(load_sae(parts.saes[site.name]), x, rows[text], 1, features)
+        names = [tokenizer.decode(ids).strip() for ids in tokens]
+        labels |= {(site.name, feature): name for feature, name in zip(features, names, strict=True)}
+    return [{"site": s, "feature": feature, "delta": d, "label": labels[s, feature]} for s, feature, d in moved]
+
+
+def most_moved(found: dict[str, Tensor], count: int) -> list[tuple[str, int, float]]:
+    """Site, feature and delta of the largest |delta| over all sites; untouched ones are left out."""
+    entries = [
+        (site, int(feature), float(delta[feature]))
+        for site, delta in found.items()
+        for feature in delta.abs().topk(min(count, len(delta))).indices
+        if delta[feature] != 0
+    ]
+    return sorted(entries, key=lambda entry: -abs(entry[2]))[:count]
+
+
+def peak_memory() -> int:
+    """Most memory this process has held, in bytes: the GPU's where one is used, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
