@@ -82,7 +82,7 @@ class Run:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock.join(self.path)
+        lock.acquire(self.path)
         self.tidy()
         earlier = self.record
         facts = {

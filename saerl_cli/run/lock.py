@@ -1,7 +1,7 @@
-"""One writer a run directory: `.lock` names the processes that hold it, and is stale when none of them lives.
+"""One writer a run directory: `.lock` names the command that writes and its worker, by process id and start time.
 
-The command takes the lock before anything is written and hands it down: its first worker adds itself, so that a worker
-that outlives a killed command still holds the directory. Age never decides.
+It is stale when neither lives; age never decides. The worker is named too because it may outlive a killed command for a
+moment, and must not meet a second writer then.
 """
 
 import contextlib
@@ -22,71 +22,54 @@ from saerl_cli.run.files import write_json
 
 LOCK = ".lock"
 ORPHAN_S = 20.0
-"""How long to wait for workers whose command was killed; they end themselves within a second."""
+"""How long to wait for the worker of a killed command; it ends itself within a second."""
 
 
 class InUse(ValueError):
     """Another process writes this run directory; the message names it."""
 
 
-def acquire(folder: Path, command: str = "") -> None:
-    """Take the lock of an existing folder for this process.
-
-    Args:
-        folder: the run directory.
-        command: what is running, for the message that others get.
+def acquire(folder: Path) -> None:
+    """Take the lock of an existing folder for this process, which may hold it already.
 
     Raises:
         InUse: a living process holds it.
     """
+    refuse_if_held(folder)
     with guarded(folder):
-        refuse_if_held(folder)
-        slurm = os.environ.get("SLURM_JOB_ID")
-        lock = {"host": socket.gethostname(), "slurm_job": slurm, "command": command, "processes": [this_process()]}
-        write_json(folder / LOCK, lock)
+        if find_holder(folder) is not None:  # somebody was faster
+            refuse_if_held(folder, wait=0)
+        host, job = socket.gethostname(), os.environ.get("SLURM_JOB_ID")
+        write_json(folder / LOCK, {"host": host, "slurm_job": job, "command": this_process(), "worker": None})
 
 
 def join(folder: Path) -> None:
-    """Add this process to a lock that its parent command holds; take it when nobody does.
-
-    Raises:
-        InUse: somebody else holds it.
-    """
+    """Name this process as the worker of the command that holds the lock and started this process."""
     with guarded(folder):
         lock = read_lock(folder)
-        ours = {process.pid for process in psutil.Process().parents()} | {os.getpid()}
-        if lock is None or not any(process["pid"] in ours and lives(process) for process in lock["processes"]):
-            refuse_if_held(folder)
-            lock = {"host": socket.gethostname(), "slurm_job": os.environ.get("SLURM_JOB_ID"), "command": ""}
-            lock["processes"] = []
-        processes = [process for process in lock["processes"] if lives(process) and process["pid"] != os.getpid()]
-        write_json(folder / LOCK, lock | {"processes": [*processes, this_process()]})
+        if lock is None or lock["command"]["pid"] != os.getppid():
+            raise InUse(f"{folder} is not locked by the command that started this worker")
+        write_json(folder / LOCK, lock | {"worker": this_process()})
 
 
 def release(folder: Path) -> None:
-    """Give up this process's hold; the file goes with the last holder. Without a hold nothing happens."""
+    """Remove the lock if this process's command holds it."""
     with guarded(folder):
         lock = read_lock(folder)
-        if lock is None or all(process["pid"] != os.getpid() for process in lock["processes"]):
-            return
-        rest = [process for process in lock["processes"] if process["pid"] != os.getpid() and lives(process)]
-        if rest:
-            write_json(folder / LOCK, lock | {"processes": rest})
-        else:
-            (folder / LOCK).unlink(missing_ok=True)
+        if lock is not None and lock["command"] == this_process():
+            (folder / LOCK).unlink()
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Raise when a living process other than this one holds the folder; wait a while for orphans to end.
+def refuse_if_held(folder: Path, wait: float = ORPHAN_S) -> None:
+    """Raise when another living process holds the folder; a worker whose command is dead gets a while to end.
 
     Raises:
         InUse: the message names the holder.
     """
-    deadline = time.monotonic() + ORPHAN_S
+    deadline = time.monotonic() + wait
     while (holder := find_holder(folder)) is not None:
-        orphaned = holder.get("parent") is not None and not lives(holder["parent"])
-        if not orphaned or time.monotonic() > deadline:
-            gone = "" if holder["here"] else f" (if that machine is gone, delete {folder / LOCK})"
+        if not holder["orphaned"] or time.monotonic() >= deadline:
+            gone = f" (if that machine is gone, delete {folder / LOCK})" if not holder["here"] else ""
             raise InUse(
                 f"{folder} is in use by process {holder['pid']} on {holder['host']}; wait for it, stop it, or take"
                 f" another hydra.run.dir{gone}"
@@ -95,16 +78,22 @@ def refuse_if_held(folder: Path) -> None:
 
 
 def find_holder(folder: Path) -> dict[str, Any] | None:
-    """A living process, other than this one, that holds the folder."""
+    """The living process, other than this one, that holds the folder: pid, host, here, orphaned."""
     lock = read_lock(folder)
     if lock is None:
         return None
-    here = lock["host"] == socket.gethostname()
-    if not here and slurm_job_ended(lock.get("slurm_job")):
+    command, worker = lock["command"], lock["worker"]
+    if lock["host"] != socket.gethostname():
+        ended = slurm_job_ended(lock["slurm_job"])
+        return None if ended else command | {"host": lock["host"], "here": False, "orphaned": False}
+    if command == this_process():
         return None
-    others = [process for process in lock["processes"] if process["pid"] != os.getpid() or not here]
-    held = [process for process in others if not here or lives(process)]
-    return held[0] | {"host": lock["host"], "here": here} if held else None
+    here = {"host": lock["host"], "here": True}
+    if lives(command):
+        return command | here | {"orphaned": False}
+    if worker is not None and lives(worker):
+        return worker | here | {"orphaned": True}
+    return None
 
 
 def slurm_job_ended(job: str | None) -> bool:
@@ -116,7 +105,7 @@ def slurm_job_ended(job: str | None) -> bool:
     if shutil.which("squeue") is None:
         return False
     listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
-    return listed.returncode == 0 and not listed.stdout.strip() or "Invalid job id" in listed.stderr
+    return "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
@@ -128,13 +117,8 @@ def read_lock(folder: Path) -> dict[str, Any] | None:
 
 
 def this_process() -> dict[str, Any]:
-    """Identity of this process: its id and start time, because ids are used again; and of the command above it."""
-    parent = os.environ.get("SAERL_COMMAND_PROCESS")  # set by the command for its workers: "pid start"
-    identity: dict[str, Any] = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-    if parent is not None:
-        pid, started = parent.split()
-        identity["parent"] = {"pid": int(pid), "started": float(started)}
-    return identity
+    """Identity of this process: its id, and its start time, because ids are used again."""
+    return {"pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def lives(process: dict[str, Any]) -> bool:

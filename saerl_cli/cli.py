@@ -1,0 +1,156 @@
+"""The command line: Typer reads the command word and its flags, Hydra every word after it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="saerl",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+    help="RLHF restricted to sparse-autoencoder feature coefficients, so that what it taught can be read.",
+    epilog="A job is resumed by repeating its command with hydra.run.dir=DIR; `saerl runs` prints that command.",
+)
+HYDRA = {"ignore_unknown_options": True}  # lets -m, --cfg job, --config-dir DIR through to Hydra
+
+
+def help_with_settings(ctx: typer.Context, asked: bool) -> None:
+    """Print the usual help, then every setting of the command."""
+    if asked:
+        from saerl_cli.run.help import settings_help
+
+        typer.echo(ctx.get_help())
+        typer.echo(settings_help(str(ctx.info_name).replace("-", "_")))
+        raise typer.Exit
+
+
+def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Candidates for a half-typed override."""
+    from saerl_cli.run import bridge
+
+    return bridge.complete(str(ctx.info_name).replace("-", "_"), ctx.params.get("overrides") or [], incomplete)
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings, config groups, Hydra's flags.", autocompletion=complete),
+]
+Help = Annotated[
+    bool, typer.Option("--help", is_eager=True, callback=help_with_settings, help="Show this and every setting.")
+]
+
+
+def hydra(name: str, words: list[str] | None) -> None:
+    """Hand the words to Hydra; heavy imports begin behind this line."""
+    from saerl_cli.run import bridge
+
+    bridge.run(name, words or [])
+
+
+@app.command("demo", context_settings=HYDRA, add_help_option=False)
+def demo(overrides: Overrides = None, help: Help = False) -> None:
+    """Do the main job end to end on the embedded model, without network."""
+    hydra("demo", overrides)
+
+
+@app.command("train-lm", context_settings=HYDRA, add_help_option=False)
+def train_lm(overrides: Overrides = None, help: Help = False) -> None:
+    """Train a small Pythia-architecture language model: the embedded one, or on your own text."""
+    hydra("train_lm", overrides)
+
+
+@app.command("train-sae", context_settings=HYDRA, add_help_option=False)
+def train_sae(overrides: Overrides = None, help: Help = False) -> None:
+    """Train sparse autoencoders at one or many sites of a model, in one pass."""
+    hydra("train_sae", overrides)
+
+
+@app.command("rlhf", context_settings=HYDRA, add_help_option=False)
+def rlhf(
+    overrides: Overrides = None,
+    sparse_coeffs: Annotated[
+        bool, typer.Option("--sparse-coeffs", help="Learn SAE feature coefficients only: adapter=sparse_coeffs.")
+    ] = False,
+    help: Help = False,
+) -> None:
+    """RLHF by PPO: of SAE feature coefficients with --sparse-coeffs, unconstrained without."""
+    sugar = ["adapter=sparse_coeffs"] if sparse_coeffs else []
+    hydra("rlhf", [*sugar, *(overrides or [])])  # the last word wins, so the user's does
+
+
+@app.command("evaluate", context_settings=HYDRA, add_help_option=False)
+def evaluate(overrides: Overrides = None, help: Help = False) -> None:
+    """Measure a finished policy on fresh prompts: reward, KL, held-out loss, behaviour."""
+    hydra("evaluate", overrides)
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories of saerl rlhf or saerl demo.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; report.html in the first RUN when empty.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page of a run, or comparing several."""
+    from saerl_cli.run.bridge import refuse
+
+    for run in runs:
+        if not (run / "run.json").is_file():
+            refuse(f"{run} is not a run directory: it has no run.json; `saerl runs` lists those there are")
+    from saerl_cli.report.page import write_report
+
+    try:
+        typer.echo(write_report(runs, out))
+    except ValueError as error:
+        refuse(error)
+
+
+@app.command("runs")
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="FOLDER", help="Where to look; ./runs if empty.")
+    ] = None,
+) -> None:
+    """List run directories: status, key numbers, and the command that resumes an unfinished one."""
+    from saerl_cli.run.bridge import refuse
+    from saerl_cli.run.listing import listing
+
+    for folder in folders or []:
+        if not folder.is_dir():
+            refuse(f"there is no folder {folder}")
+    typer.echo(listing(folders or [Path("runs")]))
+
+
+@app.command("completion")
+def completion(shell: Annotated[str, typer.Argument(help="Only bash.")] = "bash") -> None:
+    """Print the bash completion of commands and settings.
+
+    Put `eval "$(saerl completion bash)"` into ~/.bashrc; --install-completion alone installs only a part of it.
+    """
+    if shell != "bash":
+        raise typer.BadParameter(f"completion is written for bash, not {shell}")
+    typer.echo('eval "$(_SAERL_COMPLETE=source_bash saerl)"')
+    typer.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//=}")  # model=<TAB> is one word
+    typer.echo("complete -o nospace -o default -F _saerl_completion saerl")  # no space after key=
+
+
+def main() -> None:
+    """Entry point: a mistyped command line is one line and exit code 2."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    usage_error: Any = typer.BadParameter.__mro__[1]  # typer shows the class only under private names
+    try:
+        sys.exit(app(prog_name="saerl", standalone_mode=False))
+    except usage_error as error:
+        typer.echo(f"saerl: {error.format_message()} (saerl --help)", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("saerl: interrupted", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

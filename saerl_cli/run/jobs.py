@@ -1,0 +1,40 @@
+"""What each command runs, named by string so that nothing heavy is imported before it is needed."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command's settings, its checks before work, and its work."""
+
+    schema: str
+    """Dataclass of its settings, `module:name`."""
+    check: str
+    """`check(config) -> None`: raises `ValueError` for what cannot work, before anything is written."""
+    work: str
+    """`work(config, run, accelerator) -> float`, in every rank; `work(config, run)` when nothing is launched. The
+    float is what a sweeper optimises."""
+    launches: bool = True
+    """Whether the work is done by worker processes."""
+
+
+JOBS = {
+    "demo": Job("saerl_cli.config.demo:DemoConfig", "saerl_cli.demo:check", "saerl_cli.demo:work", launches=False),
+    "train_lm": Job("saerl_cli.config.train_lm:TrainLmConfig", "saerl_cli.world.job:check", "saerl_cli.world.job:work"),
+    "train_sae": Job("saerl_cli.config.train_sae:TrainSaeConfig", "saerl_cli.sae.job:check", "saerl_cli.sae.job:work"),
+    "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.rl.job:check", "saerl_cli.rl.job:work"),
+    "evaluate": Job(
+        "saerl_cli.config.evaluate:EvaluateConfig",
+        "saerl_cli.rl.evaluate_job:check",
+        "saerl_cli.rl.evaluate_job:work",
+    ),
+}
+"""By the name of the command's root config in `conf/`."""
+
+
+def resolve(target: str) -> Any:
+    """The object named `module:name`."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)

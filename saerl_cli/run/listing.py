@@ -1,0 +1,36 @@
+"""The text of `saerl runs`: what is in the run directories of some folders, read from their own files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saerl_cli.run import lock
+from saerl_cli.run.directory import Run
+from saerl_cli.run.task import key_numbers, shown
+
+
+def listing(folders: Sequence[Path]) -> str:
+    """Two lines a run: status, directory, key numbers; and its command where it can be resumed."""
+    runs = [Run.load(file.parent) for folder in folders for file in sorted(folder.rglob("run.json"))]
+    if not runs:
+        return f"no runs in {', '.join(map(str, folders))}"
+    return "\n".join(describe(run) for run in sorted(runs, key=lambda run: run.record.get("started", "")))
+
+
+def describe(run: Run) -> str:
+    """The lines of one run."""
+    record = run.record
+    status = true_status(run, record)
+    text = f"{status:<12} {record.get('job', '?'):<10} {record.get('started', '')[:16]:<17} {shown(run.path)}"
+    if numbers := key_numbers(run):
+        text += f"\n{'':13}{numbers}"
+    if status not in ("completed", "running"):
+        reason = f"{record['error']}; " if record.get("error") else ""
+        text += f"\n{'':13}{reason}resume: {record.get('command', '')}"
+    return text
+
+
+def true_status(run: Run, record: dict[str, Any]) -> str:
+    """The recorded status; `killed` for a run that says it is running while nobody holds its lock."""
+    status = record.get("status", "?")
+    return "killed" if status == "running" and lock.find_holder(run.path) is None else status

@@ -1,0 +1,118 @@
+"""Refusing before anything happens: compose, type, check. What is wrong becomes one `ValueError` of one line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saerl_cli.config import typed
+from saerl_cli.run import launch, lock
+from saerl_cli.run.configs import conf_dir, config_dirs
+from saerl_cli.run.directory import Run
+from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.refusals import readable
+from saerl_cli.run.task import shown
+from saerl_cli.run.words import sweep_points
+
+MAY_CHANGE = ("launch.threads",)
+"""Settings that may differ when a run is resumed."""
+
+
+def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multirun: bool) -> Path | None:
+    """Compose every point, build its dataclass, run the command's own checks; lock the directory of a single run.
+
+    Returns:
+        The locked run directory; None for a sweep, whose points are locked when they start.
+
+    Raises:
+        ValueError: one line saying what is wrong and what to write instead.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    launchers = [word for word in overrides if word.startswith("hydra/launcher=")]
+    if launchers and not multirun:  # Hydra would quietly run the job here
+        raise ValueError(f"{launchers[-1]} has no effect without -m; add -m (one job is a sweep of one)")
+    search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs(flags))}]"]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            points = sweep_points(overrides) if multirun else [list(overrides)]
+            for number, point in enumerate(points):
+                cfg = compose(name, [*search, *point], return_hydra_config=True)
+                check_point(name, cfg, number if multirun else None)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+    if multirun:
+        return None
+    folder = run_dir(cfg, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire(folder)
+    return folder
+
+
+def check_point(name: str, cfg: Any, number: int | None) -> None:
+    """Judge one composed config; `number` is its place in a sweep."""
+    from omegaconf import open_dict
+
+    hydra, folder = cfg.hydra, run_dir(cfg, number)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    config = typed(cfg, resolve(JOBS[name].schema))
+    if folder.is_dir():
+        lock.refuse_if_held(folder)
+        refuse_other_settings(folder, name, cfg)
+        if Run(folder).status == "completed":
+            return  # nothing will be done
+    if hasattr(config, "launch"):
+        launch.check_launch(config.launch, here="slurm" not in hydra.launcher._target_.lower())
+    resolve(JOBS[name].check)(config)
+
+
+def run_dir(cfg: Any, number: int | None) -> Path:
+    """The directory a composed job will write, absolute."""
+    from omegaconf import open_dict
+
+    if number is None:
+        return Path(cfg.hydra.run.dir).absolute()
+    with open_dict(cfg):
+        cfg.hydra.job.num = number
+    return Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir).absolute()
+
+
+def refuse_other_settings(folder: Path, name: str, cfg: Any) -> None:
+    """Refuse a directory that another command, or other settings, began. Hydra would overwrite its config."""
+    from omegaconf import OmegaConf
+
+    earlier_file = folder / ".hydra" / "config.yaml"
+    job_before = Run(folder).record.get("job", name)
+    if job_before != name:
+        raise ValueError(f"{shown(folder)} is a run of saerl {job_before}; take another hydra.run.dir")
+    if not earlier_file.is_file():
+        return
+    before, now = OmegaConf.load(earlier_file), OmegaConf.create(OmegaConf.to_yaml(cfg))
+    changed = [key for key in differing(flat(before), flat(now)) if key not in MAY_CHANGE]
+    if changed:
+        was, given = (OmegaConf.select(which, changed[0]) for which in (before, now))
+        raise ValueError(
+            f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given}); repeat its command"
+            " to resume it, or take another hydra.run.dir"
+        )
+
+
+def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as {dotted key: value}."""
+    from omegaconf import OmegaConf
+
+    found: dict[str, Any] = {}
+    values = OmegaConf.to_container(cfg) if not isinstance(cfg, dict) else cfg
+    assert isinstance(values, dict)
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys whose values differ, or that only one has."""
+    return [key for key in {**now, **before} if before.get(key) != now.get(key)]

@@ -1,0 +1,47 @@
+"""Hydra's and OmegaConf's errors about words, each as one line that says what to write instead."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+
+def readable(error: Exception, name: str, schema: type) -> str:
+    """One line about a word that cannot be composed.
+
+    Args:
+        error: of Hydra or OmegaConf.
+        name: root config of the command.
+        schema: its dataclass.
+    """
+    cause = error.__cause__
+    key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
+    text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
+    command = f"saerl {name.replace('_', '-')}"
+    if "Could not find" in text or "Available options" in text:  # a group option
+        return text.split("Config search path")[0].replace(f"In '{name}': ", "")
+    if "Missing mandatory value" in text:
+        return f"{key} has no value; write {key}=…"
+    if key and re.search(r"not in '|not in struct|is not in struct", text):
+        near = difflib.get_close_matches(key, settings(schema), 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists the settings"
+        return f"there is no setting {key}; {hint}"
+    if key and cause is not None:
+        return f"{key}: {str(cause).splitlines()[0]}"
+    if key:
+        return f"{key}: {str(error).splitlines()[0]}"
+    return text
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a dataclass."""
+    for name, kind in get_type_hints(schema).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(kind):
+            yield from settings(as_type(kind), f"{prefix}{name}.")
+
+
+def as_type(kind: Any) -> type:
+    """The dataclass itself, for the type checker."""
+    return kind

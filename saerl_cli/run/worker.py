@@ -1,0 +1,97 @@
+"""One rank of a job: `python -m saerl_cli.run.worker RUN SCHEMA WORK`, started by `launch.run_ranks`."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from saerl_cli.config import typed
+from saerl_cli.run import lock
+from saerl_cli.run.directory import Run
+from saerl_cli.run.files import write_json, write_text
+from saerl_cli.run.jobs import resolve
+
+ORPHAN_CHECK_S = 0.2
+
+
+def main(folder: Path, schema: str, work: str) -> None:
+    """Do the work; on failure leave a report for the command and exit 1."""
+    rank = int(os.environ.get("RANK", "0"))
+    end_with(os.getppid())
+    try:
+        if rank == 0:
+            lock.join(folder)
+        result = do(folder, schema, work, rank)
+    except Exception as error:
+        report(folder, rank, error)
+        os._exit(1)  # at once: a rank that waits for others in a collective would never end
+    if rank == 0:
+        Run(folder).update(result=result)
+
+
+def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
+    """Build the config and the accelerator, and call the job's work."""
+    quiet()
+    config = typed(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve(schema))
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=config.launch.cpu, mixed_precision=config.launch.mixed_precision.value)
+    check_world_size(accelerator.num_processes, config.launch.num_processes)
+    run = Run(folder, writes=rank == 0)
+    run.update(device=device_name(accelerator.device), num_processes=accelerator.num_processes)
+    result = resolve(work)(config, run, accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return None if result is None else float(result)
+
+
+def check_world_size(got: int, asked: int) -> None:
+    """Accelerate falls back to one process without a word in several cases; none may pass."""
+    if got != asked:
+        raise RuntimeError(f"launch.num_processes={asked}, but {got} process(es) found each other; write launch=one")
+
+
+def device_name(device: Any) -> str:
+    """The device as a person knows it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def report(folder: Path, rank: int, error: Exception) -> None:
+    """Leave the reason for the command; unless the message says it all, the traceback goes to RUN/error.txt."""
+    text = traceback.format_exc()
+    message = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError):
+        write_text(folder / "error.txt", text)
+        message = f"{type(error).__name__}: {message} (traceback in {folder / 'error.txt'})"
+    if os.environ.get("SAERL_TRACEBACK") == "1":
+        print(text, file=sys.stderr, flush=True)
+    write_json(folder / f".error.{rank}.json", {"rank": rank, "time": time.time(), "message": message})
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its command is gone: a killed command leaves no workers behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def quiet() -> None:
+    """Ignore warnings whose cause is known and harmless; the others are worth reading."""
+    # torch's own scheduler and quantisation modules use what torch 2.13 deprecates
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
