@@ -5,10 +5,10 @@ import struct
 
 import pytest
 import torch
+from rl_fixtures import WORDS, shape, word_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GPTNeoXForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -18,15 +18,6 @@ from saerl_cli.config.groups import Per, RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rewards.lexicon import Lexicon, read_lexicon
 from saerl_cli.rewards.score import Part, Reward, build_reward, spread
-
-WORDS = ["<pad>", "<eos>"] + [f"w{i}" for i in range(30)]
-
-
-def word_tokenizer(**tokens):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", **tokens}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
 def config_of(**parts):
@@ -165,13 +156,6 @@ def reward_model(tmp_path_factory):
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
-
-
-def shape(**more):
-    return GPTNeoXConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=1, **more,
-    )  # fmt: skip
 
 
 def hf_part(folder, **more):

@@ -373,10 +373,7 @@ class RewardConfig:
     """The score of a completion: a weighted sum of named parts."""
 
     parts: dict[str, RewardPart] = field(default_factory=dict)
-    """Name -> part; every part is logged under its name."""
-
-    def __post_init__(self) -> None:
-        refuse_unless(len(self.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
+    """Name -> part, at least one; every part is logged under its name."""
 
 
 # --- algo ------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class RlhfConfig:
     """Seed of prompts, sampling and initialisation."""
 
     def __post_init__(self) -> None:
+        refuse_unless(len(self.reward.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
         refuse_unless(self.checkpoint_every >= 1, f"checkpoint_every must be >= 1, got {self.checkpoint_every}")
         per_process = self.launch.num_processes * self.algo.minibatches
         refuse_unless(

@@ -135,11 +135,11 @@ class PPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
-    def refuse_unless_finite(self, what: str, *tensors: Tensor) -> None:
-        """Stop the run when a number is NaN or infinite, naming the phase."""
+    def refuse_unless_finite(self, what: str, *tensors: Tensor, ended: bool = False) -> None:
+        """Stop the run when a number is NaN or infinite, naming the phase, which may just have `ended`."""
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise Diverged(
-                f"phase {self.phase + 1} (optimiser step {self.state.global_step}): {what} is not finite; lower the"
+                f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite; lower the"
                 " learning rate or look at the reward, the last checkpoint is kept"
             )
 
@@ -359,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
         ended_a_phase = self.model.training and "grad_norm" in logs
         if ended_a_phase:
             metrics = self.phase_metrics(logs["learning_rate"])
-            self.refuse_unless_finite("a trained parameter", *(p.detach() for _, p in self.trainable()))
+            self.refuse_unless_finite("a trained parameter", *(p.detach() for _, p in self.trainable()), ended=True)
             if self.args.kl_target is not None:
                 self.kl_coef = ppo_math.adaptive_kl(
                     self.kl_coef, metrics["kl"], self.args.kl_target, int(metrics["episodes"]), self.args.kl_horizon

@@ -1,0 +1,109 @@
+"""A language model, SAEs and a PPO run small enough for tests: random weights, a fraction of a second a run."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from saerl_cli.adapter import sparse_coeffs
+from saerl_cli.rl.ppo_config import PPOConfig
+from saerl_cli.rl.trainer import PPOTrainer
+from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.files import save_sae
+
+WORDS = ["<pad>", "<eos>"] + [f"w{i}" for i in range(30)]
+GOOD = range(2, 12)
+"""Token ids that the planted reward likes."""
+
+
+def word_tokenizer(**tokens) -> PreTrainedTokenizerFast:
+    """One token a word; `<pad>` 0 and `<eos>` 1."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", **tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **tokens)
+
+
+def shape(**more) -> GPTNeoXConfig:
+    """Two layers of width 32."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": len(WORDS), "max_position_embeddings": 32} | more
+    return GPTNeoXConfig(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+
+
+def tiny_model(folder: Path) -> GPTNeoXForCausalLM:
+    """Random weights, sharpened so that features matter; saved to and loaded from `folder`."""
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(shape())
+        model.lm_head.weight.data.mul_(8)
+        model.save_pretrained(folder)
+        word_tokenizer().save_pretrained(folder)
+    return GPTNeoXForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+
+
+def tiny_sae(folder: Path, site: str = "mlp_out.1", width: int = 32, features: int = 64) -> Path:
+    """A ReLU SAE with random unit directions in both halves."""
+    sae = SAE(width, features)
+    directions = torch.nn.functional.normalize(torch.randn(features, width, generator=torch.Generator().manual_seed(1)))
+    sae.W_dec.data.copy_(directions)
+    sae.W_enc.data.copy_(directions.T)
+    sae.site = site
+    sae.metadata = {"saerl": {"site": site}}
+    return save_sae(sae, folder / site)
+
+
+def good_share(completion_ids, **_) -> list[float]:
+    """Share of the completion's tokens that are among `GOOD`."""
+    return [sum(token in GOOD for token in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def prompts(count: int = 64) -> Dataset:
+    """Distinct prompts of three words."""
+    return Dataset.from_dict({"prompt": [f"w{i % 30} w{7 * i % 30} w{i * i % 29}" for i in range(count)]})
+
+
+def build_trainer(
+    folder: Path, adapter: str = "sparse_coeffs", splice: str = "error_preserving", reward=good_share, **settings
+) -> PPOTrainer:
+    """A PPO run of phases of 16 completions, 4 minibatches, 2 epochs: 8 optimiser steps a phase."""
+    extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset") if name in settings}
+    model = tiny_model(folder / "model")
+    peft_config = None
+    if adapter == "sparse_coeffs":
+        tiny_sae(folder / "sae")
+        peft_config = sparse_coeffs(model, folder / "sae", splice=splice)
+    else:
+        model.requires_grad_(True)
+    defaults = {
+        "max_steps": 8 * settings.pop("phases", 3),
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "max_completion_length": 10,
+        "learning_rate": 5e-2 if adapter == "sparse_coeffs" else 1e-3,
+        "beta": 0.02,
+        "save_strategy": "no",
+        "seed": 3,
+    }
+    return PPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        processing_class=word_tokenizer(),
+        train_dataset=extra.pop("train_dataset", None) or prompts(),
+        peft_config=peft_config,
+        args=PPOConfig(
+            **{"output_dir": str(folder / "out"), **defaults, **settings},
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        **extra,
+    )
+
+
+def trained(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """Copies of the trainable parameters."""
+    return {name: p.detach().clone() for name, p in trainer.trainable()}
