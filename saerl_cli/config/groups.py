@@ -48,7 +48,7 @@ class WorldConfig:
     """Attention heads, dividing `hidden_size`."""
     context_size: int = 96
     """Longest sequence in tokens."""
-    steps: int = 800
+    steps: int = 900
     """Optimiser steps."""
     batch_size: int = 16
     """Rows of `context_size` tokens a step; a row holds about three reviews."""

@@ -23,7 +23,7 @@ def model_shape(config: WorldConfig, vocabulary_size: int) -> dict[str, Any]:
         "intermediate_size": 4 * config.hidden_size,
         "max_position_embeddings": config.context_size,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-        "initializer_range": 0.04,  # Pythia's 0.02 learns this language visibly more slowly
+        "initializer_range": 0.06,  # after 700 steps 0.02 nats per token better than 0.04, which beats Pythia's 0.02
         "hidden_act": "gelu",
         "use_parallel_residual": True,
         "tie_word_embeddings": False,
