@@ -52,19 +52,19 @@ def hydra(name: str, words: list[str] | None) -> None:
 
 @app.command("demo", context_settings=HYDRA, add_help_option=False)
 def demo(overrides: Overrides = None, help: Help = False) -> None:
-    """Do the main job end to end on the embedded model, without network."""
+    """Run the whole pipeline on the embedded model, offline."""
     hydra("demo", overrides)
 
 
 @app.command("train-lm", context_settings=HYDRA, add_help_option=False)
 def train_lm(overrides: Overrides = None, help: Help = False) -> None:
-    """Train a small Pythia-architecture language model: the embedded one, or on your own text."""
+    """Train a small Pythia-architecture language model."""
     hydra("train_lm", overrides)
 
 
 @app.command("train-sae", context_settings=HYDRA, add_help_option=False)
 def train_sae(overrides: Overrides = None, help: Help = False) -> None:
-    """Train sparse autoencoders at one or many sites of a model, in one pass."""
+    """Train sparse autoencoders at one or more sites."""
     hydra("train_sae", overrides)
 
 
@@ -76,14 +76,14 @@ def rlhf(
     ] = False,
     help: Help = False,
 ) -> None:
-    """RLHF by PPO: of SAE feature coefficients with --sparse-coeffs, unconstrained without."""
+    """RLHF by PPO; --sparse-coeffs restricts it to SAE features."""
     sugar = ["adapter=sparse_coeffs"] if sparse_coeffs else []
     hydra("rlhf", [*sugar, *(overrides or [])])  # the last word wins, so the user's does
 
 
 @app.command("evaluate", context_settings=HYDRA, add_help_option=False)
 def evaluate(overrides: Overrides = None, help: Help = False) -> None:
-    """Measure a finished policy on fresh prompts: reward, KL, held-out loss, behaviour."""
+    """Measure a finished policy on fresh prompts."""
     hydra("evaluate", overrides)
 
 
@@ -94,7 +94,7 @@ def report(
         Path | None, typer.Option("--out", help="The page; report.html in the first RUN when empty.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page of a run, or comparing several."""
+    """Write one HTML page of a run, or comparing several."""
     from saerl_cli.run.bridge import refuse
 
     for run in runs:
@@ -114,7 +114,7 @@ def runs(
         list[Path] | None, typer.Argument(metavar="FOLDER", help="Where to look; ./runs if empty.")
     ] = None,
 ) -> None:
-    """List run directories: status, key numbers, and the command that resumes an unfinished one."""
+    """List runs with their status, numbers and resume commands."""
     from saerl_cli.run.bridge import refuse
     from saerl_cli.run.listing import listing
 

@@ -116,10 +116,11 @@ class Run:
             write_json(self.path / "run.json", self.record | keys)
 
     def tidy(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove what a killed process left half-written, and the traceback of an earlier failure."""
         for folder in (self.path, self.checkpoint_folder):
             for partial in folder.glob(".*.partial.*"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        (self.path / "error.txt").unlink(missing_ok=True)
         for file in (self.path / name for name in LINES):
             if file.is_file() and not file.read_bytes().endswith(b"\n"):  # a torn line
                 write_jsonl(file, read_jsonl(file))
@@ -199,6 +200,12 @@ class Run:
 def write_jsonl(file: Path, lines: list[dict[str, Any]]) -> None:
     """Replace a jsonl file, atomically."""
     write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def shown(path: Path) -> Path:
+    """A path as a person would type it here."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import inspect
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from saerl_cli.run.configs import conf_dir
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.refusals import natural
 
 HYDRA_FLAGS = """Hydra's own words:
   -m key=1,2         sweep: a run for every combination
@@ -37,12 +37,6 @@ def settings_help(name: str) -> str:
 
 
 INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "      ", "break_on_hyphens": False}
-
-
-def natural(name: str) -> list[Any]:
-    """Sort key that puts 70m before 160m, and both before 1b."""
-    size = re.fullmatch(r"pythia-([\d.]+)([mb])(.*)", name)
-    return [1, "mb".index(size[2]), float(size[1]), size[3]] if size else [0, name]
 
 
 def described(schema: type, prefix: str = "") -> Iterator[str]:

@@ -155,23 +155,24 @@ def stop(ranks: list[subprocess.Popen]) -> None:
 
 
 def first_failure(folder: Path, codes: list[int | None]) -> str:
-    """Which rank failed first and why: what it wrote before it ended, or the signal that killed it."""
-    reports = sorted((read_json(file) for file in folder.glob(".error.*.json")), key=lambda report: report["time"])
-    for file in folder.glob(".error.*.json"):
+    """Which rank failed first and why: the signal that killed it, or what it wrote before it ended."""
+    files = list(folder.glob(".error.*.json"))
+    reports = sorted((read_json(file) for file in files), key=lambda report: report["time"])
+    for file in files:
         file.unlink()
-    killed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code < 0]
+    killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
     if killed:  # ranks that lose a neighbour fail after it
-        rank, code = killed[0]
-        name = signal.Signals(-code).name
-        return f"{rank_name(rank, codes)}was killed by {name}" + (
-            " (out of memory, if nobody did it)" if name == "SIGKILL" else ""
-        )
+        rank, number = killed[0]
+        reason = " (out of memory, if nobody did it)" if number == signal.SIGKILL else ""
+        return f"{worker_name(rank, codes)} was killed by {signal.Signals(number).name}{reason}"
+    if reports and len(codes) == 1:
+        return reports[0]["message"]
     if reports:
-        return f"{rank_name(reports[0]['rank'], codes)}{reports[0]['message']}"
+        return f"rank {reports[0]['rank']}: {reports[0]['message']}"
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    return f"{rank_name(rank, codes) or 'the worker '}ended with exit code {code}"
+    return f"{worker_name(rank, codes)} ended with exit code {code}"
 
 
-def rank_name(rank: int, codes: list[Any]) -> str:
-    """How a message begins: with the rank where there are several."""
-    return f"rank {rank} " if len(codes) > 1 else ""
+def worker_name(rank: int, codes: list[int | None]) -> str:
+    """How a message calls a rank."""
+    return f"rank {rank}" if len(codes) > 1 else "the worker"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.run import lock
-from saerl_cli.run.directory import Run
-from saerl_cli.run.task import key_numbers, shown
+from saerl_cli.run.directory import Run, shown
+from saerl_cli.run.task import key_numbers
 
 
 def listing(folders: Sequence[Path]) -> str:

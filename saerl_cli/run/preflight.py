@@ -7,10 +7,9 @@ from typing import Any
 from saerl_cli.config import typed
 from saerl_cli.run import launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
-from saerl_cli.run.directory import Run
+from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.refusals import readable
-from saerl_cli.run.task import shown
 from saerl_cli.run.words import sweep_points
 
 MAY_CHANGE = ("launch.threads",)
@@ -39,21 +38,20 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
             points = sweep_points(overrides) if multirun else [list(overrides)]
             for number, point in enumerate(points):
                 cfg = compose(name, [*search, *point], return_hydra_config=True)
-                check_point(name, cfg, number if multirun else None)
+                folder = check_point(name, cfg, number if multirun else None)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
     if multirun:
         return None
-    folder = run_dir(cfg, None)
     folder.mkdir(parents=True, exist_ok=True)
     lock.acquire(folder)
     return folder
 
 
-def check_point(name: str, cfg: Any, number: int | None) -> None:
-    """Judge one composed config; `number` is its place in a sweep."""
+def check_point(name: str, cfg: Any, number: int | None) -> Path:
+    """Judge one composed config; `number` is its place in a sweep. Returns the directory it will write."""
     from omegaconf import open_dict
 
     hydra, folder = cfg.hydra, run_dir(cfg, number)
@@ -64,10 +62,11 @@ def check_point(name: str, cfg: Any, number: int | None) -> None:
         lock.refuse_if_held(folder)
         refuse_other_settings(folder, name, cfg)
         if Run(folder).status == "completed":
-            return  # nothing will be done
+            return folder  # nothing will be done
     if hasattr(config, "launch"):
         launch.check_launch(config.launch, here="slurm" not in hydra.launcher._target_.lower())
     resolve(JOBS[name].check)(config)
+    return folder
 
 
 def run_dir(cfg: Any, number: int | None) -> Path:

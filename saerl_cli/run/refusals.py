@@ -19,8 +19,17 @@ def readable(error: Exception, name: str, schema: type) -> str:
     key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
     command = f"saerl {name.replace('_', '-')}"
-    if "Could not find" in text or "Available options" in text:  # a group option
-        return text.split("Config search path")[0].replace(f"In '{name}': ", "")
+    if option := re.search(r"Could not find '(.+)/(.+)'", text):
+        listed = text.partition("Available options in")[2].partition("Config search path")[0].split()[1:]
+        options = f"; options are {', '.join(sorted(listed, key=natural))}" if listed else ""
+        return f"there is no {option[1]}={option[2]}{options}"
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+?)=(.+)'", text):
+        key, value = ambiguous.groups()
+        return f"{key}={value} is a sweep: add -m, or write a list as {key}=[{value}]"
+    if missing := re.search(r"Error parsing override '(.*?)'\s+missing EQUAL", text):
+        return f"{missing[1]!r} is no setting; settings are written key=value ({command} --help lists them)"
+    if "hydra.cc/docs" in text:  # a parser's message, with a link to the grammar
+        return f"cannot read a setting: {text.partition('See https')[0]}; quote values that hold special characters"
     if "Missing mandatory value" in text:
         return f"{key} has no value; write {key}=…"
     if key and re.search(r"not in '|not in struct|is not in struct", text):
@@ -32,6 +41,12 @@ def readable(error: Exception, name: str, schema: type) -> str:
     if key:
         return f"{key}: {str(error).splitlines()[0]}"
     return text
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key that puts pythia-70m before pythia-160m, and both before pythia-1b; other names come first."""
+    size = re.fullmatch(r"pythia-([\d.]+)([mb])(.*)", name)
+    return [1, "mb".index(size[2]), float(size[1]), size[3]] if size else [0, name]
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[str]:

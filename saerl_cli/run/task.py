@@ -8,7 +8,7 @@ from typing import Any
 
 from saerl_cli.config import typed
 from saerl_cli.run import launch
-from saerl_cli.run.directory import Run
+from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.progress import say
 from saerl_cli.run.words import as_override
@@ -93,9 +93,3 @@ def key_numbers(run: Run, limit: int = 6) -> str:
     plain = {key: value for key, value in numbers.items() if isinstance(value, int | float | str)}
     parts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()]
     return ", ".join(parts[:limit])
-
-
-def shown(path: Path) -> Path:
-    """A path as a person would type it here."""
-    path = path.absolute()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

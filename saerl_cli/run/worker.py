@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from saerl_cli.config import typed
 from saerl_cli.run import lock
-from saerl_cli.run.directory import Run
+from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import write_json, write_text
 from saerl_cli.run.jobs import resolve
 
@@ -70,7 +70,7 @@ def report(folder: Path, rank: int, error: Exception) -> None:
     message = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError):
         write_text(folder / "error.txt", text)
-        message = f"{type(error).__name__}: {message} (traceback in {folder / 'error.txt'})"
+        message = f"{type(error).__name__}: {message} (traceback in {shown(folder / 'error.txt')})"
     if os.environ.get("SAERL_TRACEBACK") == "1":
         print(text, file=sys.stderr, flush=True)
     write_json(folder / f".error.{rank}.json", {"rank": rank, "time": time.time(), "message": message})
