@@ -40,7 +40,9 @@ class SparseCoeffModel(BaseTuner):
             ValueError: an SAE is missing, damaged, or belongs to another site, model or adapter.
         """
         config: Any = self.peft_config[adapter_name]
-        # SAEs are loaded before PEFT's loop: that may run on the meta device, and must not stop half-way.
+        if nn.Linear(1, 1).weight.is_meta:
+            raise ValueError("SAEs cannot be loaded on the meta device; leave out low_cpu_mem_usage")
+        # SAEs are loaded before PEFT's loop: that must not stop half-way.
         self._saes = self._bind(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
