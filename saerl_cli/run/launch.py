@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from saerl_cli.config.groups import LaunchConfig
 from saerl_cli.run.files import read_json
@@ -22,7 +21,8 @@ from saerl_cli.run.jobs import Job
 
 GRACE_S = 10.0
 """How long ranks have to end on SIGTERM before they are killed."""
-AFTERMATH_S = 1.0
+POLL_S = 0.05
+AFTERMATH_S = 0.5
 """How long to wait, once a rank has failed, for others that failed before it to say so."""
 SLURM_KILL_WAIT_S = 40.0
 """Longer than Slurm's KillWait: on a requeue the ranks die first, and Slurm should end this process too before the
@@ -105,16 +105,21 @@ def run_ranks(job: Job, launch: LaunchConfig, folder: Path) -> None:
     try:
         for environment in environments(launch):
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
-                break
-            time.sleep(0.05)
-        if any(rank.poll() for rank in ranks):
+        codes = wait_for_all(ranks)
+        if any(codes):
             time.sleep(AFTERMATH_S)
-            ended = [rank.poll() for rank in ranks]
-            raise WorkFailed(first_failure(folder, ended))
+            raise WorkFailed(first_failure(folder, codes))
     finally:
         stop(ranks)
+
+
+def wait_for_all(ranks: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes, as soon as all ranks have ended or one has failed."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if any(codes) or None not in codes:
+            return codes
+        time.sleep(POLL_S)
 
 
 def environments(launch: LaunchConfig) -> Iterator[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The words of a command line: flags and overrides, sweeps, and `site=` for any place in the model."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def as_override(key: str, value: str) -> str:
     """`key=value` for Hydra's grammar, quoted where the value needs it."""
     if value and all(character.isalnum() or character in "/-_.+$%*@?|:" for character in value):
         return f"{key}={value}"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + end[2].replace('"', '\\"'), value)  # only before a quote
     return f'{key}="{escaped}"'
 
 
