@@ -103,7 +103,11 @@ def register() -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    from saerl_cli.run import bridge
+    from saerl_cli.run import bridge, launch
 
+    if os.environ.get("SAERL_TEST_ALONE"):  # ranks that do not know of each other
+        alone = LaunchConfig(num_processes=1, cpu=True)
+        environments = launch.environments
+        launch.environments = lambda config: iter([*environments(alone), *environments(alone)])
     register()
     bridge.run(sys.argv[1], sys.argv[2:])

@@ -84,6 +84,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         lock.acquire(self.path)
         self.tidy()
+        (self.path / "error.txt").unlink(missing_ok=True)  # of an earlier failure
         earlier = self.record
         facts = {
             "job": job,
@@ -107,6 +108,7 @@ class Run:
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
         if self.writes:
+            self.tidy()
             self.update(status=status, ended=utc_now(), error=error)
             lock.release(self.path)
 
@@ -116,11 +118,10 @@ class Run:
             write_json(self.path / "run.json", self.record | keys)
 
     def tidy(self) -> None:
-        """Remove what a killed process left half-written, and the traceback of an earlier failure."""
+        """Remove what a killed process left half-written."""
         for folder in (self.path, self.checkpoint_folder):
             for partial in folder.glob(".*.partial.*"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        (self.path / "error.txt").unlink(missing_ok=True)
         for file in (self.path / name for name in LINES):
             if file.is_file() and not file.read_bytes().endswith(b"\n"):  # a torn line
                 write_jsonl(file, read_jsonl(file))

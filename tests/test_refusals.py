@@ -1,0 +1,124 @@
+"""Bad input: exit code 2, one line that says what is wrong, no traceback, nothing left behind.
+
+A case is the words of a command and a part of the line it must print. Files that a case needs are made by a function
+named in `needs`, in the empty directory where the command runs.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from saerl_cli import cli
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line that must be refused."""
+
+    words: str
+    says: str
+    needs: Callable[[], object] = lambda: None
+    env: tuple[tuple[str, str], ...] = ()
+
+
+def a_file(name: str, text: str = "") -> Callable[[], object]:
+    """Make a file."""
+
+    def make() -> None:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+
+    return make
+
+
+WORDS = [
+    Case("nope", "No such command 'nope'"),
+    Case("rhlf", "Did you mean 'rlhf'?"),
+    Case("completion zsh", "written for bash"),
+    Case("report", "Missing argument 'RUN'"),
+    Case("report nowhere", "nowhere is not a run directory"),
+    Case("runs nowhere", "there is no folder nowhere"),
+    Case("train-sae --nope", "unknown flag --nope"),
+    Case("train-sae --config-name=x", "unknown flag --config-name"),
+    Case("train-sae seed", "'seed' is no setting; settings are written key=value"),
+    Case("train-sae seeed=1", "there is no setting seeed; did you mean seed?"),
+    Case("train-sae +seeed=1", "there is no setting seeed; did you mean seed?"),
+    Case("train-sae sae.expansoin=3", "there is no setting sae.expansoin; did you mean sae.expansion?"),
+    Case("train-sae zzz.yyy=3", "there is no setting zzz.yyy; saerl train-sae --help lists"),
+    Case("train-sae sae.lr=abc", "sae.lr: Value 'abc' of type 'str' could not be converted to Float"),
+    Case("train-sae seed=1.5", "seed: Value '1.5'"),
+    Case("train-sae sae.architecture=foo", "expected one of [topk, relu, relu_unit]"),
+    Case("train-sae model=missing", "there is no model=missing; options are hub, local, planted, pythia-14m"),
+    Case("train-sae launch=two", "there is no launch=two; options are cpu_2, one"),
+    Case("train-sae sae.lr=0.1,0.2", "sae.lr=0.1,0.2 is a sweep: add -m, or write a list as sae.lr=[0.1,0.2]"),
+    Case("train-sae sae=[", "cannot read a setting"),
+    Case("train-sae --config-dir nowhere", "nowhere is not a directory"),
+    Case("train-sae hydra/launcher=basic", "has no effect without -m; add -m"),
+    Case("train-sae -m site=mlp_out,mlp_out.3", "mixes the group option mlp_out with places"),
+    Case("train-sae --cfg job sae.lr=abc", "sae.lr: Value 'abc'"),
+    Case("evaluate", "policy has no value; write policy=…"),
+]
+CONTRADICTIONS = [
+    Case("train-sae sae.expansion=0", "must be >= 1"),
+    Case("train-sae -m sae.expansion=4,0", "must be >= 1"),
+    Case("train-sae -m seed=range(1,3) sae.l1=choice(0.1,x)", "sae.l1: Value 'x'"),
+    Case("train-sae sae.d_sae=64", "give either sae.expansion or sae.d_sae"),
+    Case("train-sae sae.expansion=null sae.d_sae=8", "sae.k=16 exceeds sae.d_sae=8"),
+    Case("train-sae site=", "site.names is empty"),
+    Case("train-sae model=local", "model=local needs model.path=DIR"),
+    Case("train-sae model=hub", "model=hub needs model.name=OWNER/MODEL"),
+    Case("train-sae model.revision=step3000", "model.revision belongs to a Hub model"),
+    Case("train-sae data=text", "data=text needs data.path=FILE"),
+    Case("train-sae data.heldout=0.9", "data.heldout must be in (0, 0.5]"),
+    Case("rlhf adapter.saes=x", "adapter.saes and adapter.sites belong to adapter=sparse_coeffs"),
+    Case("rlhf --sparse-coeffs", "needs adapter.saes=DIR"),
+    Case("rlhf algo.kl_coef=0", "algo.kl_coef must be > 0"),
+    Case("rlhf algo.minibatches=7", "algo.minibatches=7 must divide algo.rollouts=64"),
+    Case("rlhf algo.rollouts=4 launch=cpu_2", "must be a multiple of launch.num_processes x algo.minibatches = 8"),
+    Case("rlhf reward=lexicon", "a reward part of kind lexicon needs path or words"),
+]
+MACHINE = [
+    Case("train-sae launch.num_processes=0", "launch.num_processes must be >= 1"),
+    Case("train-sae launch.num_processes=64", "has 0 GPUs; write launch=cpu_2", env=(("CUDA_VISIBLE_DEVICES", ""),)),
+    Case("train-sae launch=cpu_2 launch.num_processes=4096", "cores; write launch.num_processes="),
+    Case("rlhf", "not under torchrun", env=(("LOCAL_RANK", "0"),)),
+    Case("train-sae hydra.run.dir=file/run", "file/run", needs=a_file("file")),
+]
+JOBS = [
+    Case("train-lm model=local model.path=x", "train-lm makes a new model"),
+    Case("train-lm launch=cpu_2", "train-lm runs in one process"),
+    Case("demo overrides.nope=[a=1]", "nope"),
+]
+
+
+@pytest.fixture
+def place(empty_place: Path) -> Iterator[Path]:
+    """An empty directory in which the command may make noise only on purpose."""
+    logging.captureWarnings(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # a warning would be a second line
+        yield empty_place
+
+
+@pytest.mark.parametrize("case", [*WORDS, *CONTRADICTIONS, *MACHINE, *JOBS], ids=lambda case: case.words)
+def test_refused(case, place, monkeypatch, capfd):
+    case.needs()
+    before = sorted(place.rglob("*"))
+    for name, value in case.env:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["saerl", *case.words.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    line = capfd.readouterr().err
+    assert end.value.code == 2, line
+    assert line.startswith("saerl: ")
+    assert line.count("\n") == 1
+    assert case.says in line
+    assert "Traceback" not in line
+    assert sorted(place.rglob("*")) == before
+    assert os.getcwd() == str(place)
