@@ -1,11 +1,12 @@
 """What `saerl rlhf` refuses before any work, without importing torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from saerl_cli.activations import documents
-from saerl_cli.config.groups import AdapterConfig, AdapterKind, Dtype, ModelConfig, ModelKind
+from saerl_cli.config.groups import AdapterConfig, AdapterKind, DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import Site, context_size, describe, folder_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward
@@ -87,13 +88,22 @@ def check_prompts(config: RlhfConfig, description: Any) -> None:
     encode = light_encoder(config.model)
     if encode is None:
         return
-    texts = documents(config.data, config.model, "train")
+    texts = first_documents(config, "train")
     limit = config.algo.rollouts if config.prompts.count is None else min(config.prompts.count, config.algo.rollouts)
     available = len(cut_prompts(texts, encode, config.prompts.tokens, limit))
     refuse_too_few(available, config.algo.rollouts, config.prompts.tokens)
-    heldout = documents(config.data, config.model, "heldout")
-    if not cut_prompts(heldout, encode, config.prompts.tokens, 1):
+    if not cut_prompts(first_documents(config, "heldout"), encode, config.prompts.tokens, 1):
         raise ValueError(f"no held-out document has more than prompts.tokens={config.prompts.tokens} tokens; lower it")
+
+
+def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:
+    """The texts of a split; those of the embedded language are written only as far as they are read."""
+    if config.data.kind is DataKind.planted and config.model.kind is ModelKind.planted:
+        from saerl_cli.world.cache import planted_documents
+
+        reviews = planted_documents(config.model.world, split)
+        return (" ".join(review.words) for review in islice(reviews, config.data.max_documents))
+    return documents(config.data, config.model, split)
 
 
 def light_encoder(model: ModelConfig) -> Callable[[str], list[int]] | None:

@@ -34,6 +34,7 @@ def check(config: EvaluateConfig) -> None:
 def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     """Draw fresh samples, measure, write summary.json; returns the reward of the policy."""
     from saerl_cli.activations import documents
+    from saerl_cli.models import quiet_transformers
     from saerl_cli.rewards.score import TOTAL, build_reward
     from saerl_cli.rl.build import heldout_rows
     from saerl_cli.rl.measure import Sampling, measure
@@ -46,7 +47,8 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     start = time.monotonic()
     trained = run_config(config.policy)
     trained.evaluation = config.evaluation
-    policy = load_policy(config.policy, accelerator.device)
+    with quiet_transformers():
+        policy = load_policy(config.policy, accelerator.device)
     reward = build_reward(trained.reward, policy.tokenizer, accelerator.device)
     texts = documents(trained.data, trained.model, "heldout")
     train = documents(trained.data, trained.model, "train")

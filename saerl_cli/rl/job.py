@@ -29,6 +29,14 @@ def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:
         ValueError: what only loading can find out, a frozen tensor that moved, or (`Diverged`) a number that is not
             finite.
     """
+    from saerl_cli.models import quiet_transformers
+
+    with quiet_transformers():
+        return train_and_measure(config, run, accelerator)
+
+
+def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
+    """What `work` does."""
     from saerl_cli.rl.build import build_parts, build_trainer, policy_of
     from saerl_cli.rl.proof import frozen_hashes, refuse_moved
     from saerl_cli.rl.summary import summarise

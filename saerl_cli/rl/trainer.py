@@ -119,6 +119,8 @@ class PPOTrainer(GRPOTrainer):
         self.rollout_statistics: dict[str, float] = {}
         self.update_statistics: list[Tensor] = []
         self.grad_norms: list[tuple[float, float]] = []
+        self.prompt_ids: dict[str, list[int]] = {}
+        self.raw_rewards = torch.zeros(0)  # of the last generation: [processes * B, parts]
         self.state_values: list[Tensor] = []  # [B, T] of every scoring pass since it was last emptied
         self.logps: Tensor | None = None  # [B, T] of the last scoring pass
         self.entropies: Tensor | None = None
