@@ -49,7 +49,7 @@ WORDS = [
     Case("train-sae seeed=1", "there is no setting seeed; did you mean seed?"),
     Case("train-sae +seeed=1", "there is no setting seeed; did you mean seed?"),
     Case("train-sae sae.expansoin=3", "there is no setting sae.expansoin; did you mean sae.expansion?"),
-    Case("train-sae zzz.yyy=3", "there is no setting zzz.yyy; saerl train-sae --help lists"),
+    Case("train-sae zzz.yyy=3", "there is no setting zzz; saerl train-sae --help lists"),
     Case("train-sae sae.lr=abc", "sae.lr: Value 'abc' of type 'str' could not be converted to Float"),
     Case("train-sae seed=1.5", "seed: Value '1.5'"),
     Case("train-sae sae.architecture=foo", "expected one of [topk, relu, relu_unit]"),
@@ -92,7 +92,7 @@ MACHINE = [
 JOBS = [
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
     Case("train-lm launch=cpu_2", "train-lm runs in one process"),
-    Case("demo overrides.nope=[a=1]", "nope"),
+    Case('demo overrides={nope:["seed=1"]}', "overrides.nope: no such stage"),
 ]
 
 

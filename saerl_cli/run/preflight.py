@@ -39,15 +39,15 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
             for number, point in enumerate(points):
                 cfg = compose(name, [*search, *point], return_hydra_config=True)
                 folder = check_point(name, cfg, number if multirun else None)
+        if multirun:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(folder)
+        return folder
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
-    if multirun:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock.acquire(folder)
-    return folder
 
 
 def check_point(name: str, cfg: Any, number: int | None) -> Path:

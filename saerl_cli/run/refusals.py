@@ -30,7 +30,7 @@ def readable(error: Exception, name: str, schema: type) -> str:
         return f"{missing[1]!r} is no setting; settings are written key=value ({command} --help lists them)"
     if "hydra.cc/docs" in text:  # a parser's message, with a link to the grammar
         return f"cannot read a setting: {text.partition('See https')[0]}; quote values that hold special characters"
-    if "Missing mandatory value" in text:
+    if "missing mandatory value" in text.lower():
         return f"{key} has no value; write {key}=…"
     if key and re.search(r"not in '|not in struct|is not in struct", text):
         near = difflib.get_close_matches(key, settings(schema), 1, 0.5)
