@@ -141,8 +141,8 @@ class PPOTrainer(GRPOTrainer):
         """Stop the run when a number is NaN or infinite, naming the phase, which may just have `ended`."""
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise Diverged(
-                f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite; lower the"
-                " learning rate or look at the reward, the last checkpoint is kept"
+                f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite;"
+                " lower the learning rate or look at the reward, the last checkpoint is kept"
             )
 
     # --- data -------------------------------------------------------------------------------------------------------
