@@ -41,9 +41,9 @@ SMALL: dict[str, list[str]] = {
 COLUMNS = (
     ("reward before", "reward_before", "{:.3f}"),
     ("after", "reward_after", "{:.3f}"),
-    ("curse words before", "curse_words_before", "{:.2%}"),
-    ("after", "curse_words_after", "{:.2%}"),
-    ("removed", "curse_words_removed", "{:.0%}"),
+    ("curse words before", "curse_share_before", "{:.2%}"),
+    ("after", "curse_share_after", "{:.2%}"),
+    ("removed", "curse_removed", "{:.0%}"),
     ("KL, nats", "kl", "{:.2f}"),
     ("held-out loss before", "nll_heldout_before", "{:.3f}"),
     ("after", "nll_heldout_after", "{:.3f}"),
@@ -51,7 +51,11 @@ COLUMNS = (
     ("seconds", "seconds", "{:.0f}"),
 )
 POLICIES = ("sparse_coeffs", "full")
-MEASURED = ("reward_before", "reward_after", "reward_se", "kl", "kl_se", "nll_heldout_before", "nll_heldout_after")
+MEASURED = (
+    *("reward_before", "reward_after", "reward_se", "kl", "kl_se", "nll_heldout_before", "nll_heldout_after"),
+    *("curse_share_before", "curse_share_after", "curse_removed"),
+)
+"""Numbers taken from the fresh evaluation."""
 
 
 @dataclass
@@ -118,7 +122,7 @@ def work(config: DemoConfig, run: Run) -> float:
     seconds = time.monotonic() - began
     show(results, report, seconds)
     run.summary({"policies": results, "seconds": round(seconds, 1), "report": report.name})
-    return results["sparse_coeffs"]["curse_words_removed"]
+    return results["sparse_coeffs"]["curse_removed"] or 0.0
 
 
 def with_words(stage: Stage, words: list[str]) -> Stage:
@@ -130,11 +134,7 @@ def result(trained: Stage, evaluated: Stage) -> dict[str, Any]:
     """Numbers of a policy: cost from its training run, behaviour from the fresh evaluation."""
     training, fresh = read_json(trained.folder / "summary.json"), read_json(evaluated.folder / "summary.json")
     cost = {key: training[key] for key in ("adapter", "trainable_parameters", "seconds", "frozen_unchanged")}
-    measured = {key: fresh[key] for key in MEASURED}
-    before, after = (fresh[f"attributes_{when}"]["cursing"]["share"] for when in ("before", "after"))
-    removed = 1 - after / before if before else 0.0
-    cursing = {"curse_words_before": before, "curse_words_after": after, "curse_words_removed": removed}
-    return cost | measured | cursing
+    return cost | {key: fresh.get(key) for key in MEASURED}
 
 
 def write_report(out: Path) -> Path:
@@ -152,10 +152,15 @@ def show(results: dict[str, dict[str, Any]], report: Path, seconds: float) -> No
     for name in results:
         table.add_column(name, justify="right")
     for label, key, form in COLUMNS:
-        table.add_row(label, *(form.format(numbers[key]) for numbers in results.values()))
+        table.add_row(label, *(shown(numbers[key], form) for numbers in results.values()))
     console = Console()
     console.print(table)
     console.print(f"{seconds:.0f} s in all. Curves, features and samples: {report}", soft_wrap=True)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number of the table; a dash where a model wrote no curse word that could be removed."""
+    return "–" if value is None else form.format(value)
 
 
 # --- running stages --------------------------------------------------------------------------------------------------
@@ -206,7 +211,7 @@ def progress_of(stage: Stage) -> tuple[float, str]:
     if not lines:
         return 0.0, ""
     last, config = lines[-1], OmegaConf.load(stage.folder / ".hydra" / "config.yaml")
-    return last["step"] / config.algo.phases, f"reward {last['reward']:.2f}  KL {last['kl']:.2f}"
+    return last["phase"] / config.algo.phases, f"reward {last['reward']:.2f}  KL {last['kl']:.2f}"
 
 
 def finish(stage: Stage, code: int) -> None:

@@ -30,13 +30,17 @@ def write_run(folder: Path, adapter: str, **summary) -> Path:
         "seconds": 60.0,
         "frozen_unchanged": True,
         "parts_after": {"cursing": -0.25},
-        "attributes_before": {"cursing": {"share": 0.08}},
-        "attributes_after": {"cursing": {"share": 0.02}},
+        "curse_share_before": 0.08,
+        "curse_share_after": 0.02,
+        "curse_removed": 0.75,
         "length_before": 20.0,
         "length_after": 19.0,
         **summary,
     }
-    metrics = [{"step": step, "reward": -1.5 + step / 10, "kl": step / 5, "length": 20.0} for step in range(5)]
+    metrics = [
+        {"step": 16 * step, "phase": step, "reward": -1.5 + step / 10, "kl": step / 5, "length": 20.0}
+        for step in range(5)
+    ]
     samples = [
         {"step": step, "prompt": "the film", "completion": text, "reward": reward, "kl": 0.0}
         for step, text, reward in ((0, "was <script>alert(1)</script> & damn", -1.0), (5, "was fine", 0.0))

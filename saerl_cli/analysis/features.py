@@ -14,7 +14,7 @@ from saerl_cli.activations import capture, documents, row_length, special_ids, t
 from saerl_cli.adapter.files import check_adapter, read_deltas
 from saerl_cli.config.groups import AdapterKind
 from saerl_cli.models import Loaded, Site, load_model, resolve_sites
-from saerl_cli.rl.policy import policy_folder, run_config
+from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.run.files import write_json
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.describe import top_tokens

@@ -59,7 +59,7 @@ def learning_curves(curves: dict[str, list[dict[str, float]]], quantities: Seque
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for panel, (key, label) in zip(panels, quantities, strict=True):
         for colour, (name, lines) in zip(cycle(), curves.items(), strict=False):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["phase"], line[key]) for line in lines if key in line]
             panel.plot(*zip(*points, strict=True), color=colour, label=name, lw=1.6) if points else None
         panel.set(xlabel="phase", ylabel=label)
     panels[0].legend()

@@ -18,14 +18,14 @@ NUMBERS = (
     ("trainable", "trainable_parameters", "{:,.0f}"),
     ("reward before", "reward_before", "{:.3f}"),
     ("reward after", "reward_after", "{:.3f}"),
-    ("curse words before", "attributes_before.cursing.share", "{:.2%}"),
-    ("curse words after", "attributes_after.cursing.share", "{:.2%}"),
+    ("curse words before", "curse_share_before", "{:.2%}"),
+    ("curse words after", "curse_share_after", "{:.2%}"),
     ("KL, nats", "kl", "{:.2f}"),
     ("held-out loss before", "nll_heldout_before", "{:.4f}"),
     ("held-out loss after", "nll_heldout_after", "{:.4f}"),
     ("seconds", "seconds", "{:.0f}"),
 )
-"""Column, dotted key of summary.json, format. A column that no run has is left out."""
+"""Column, key of summary.json, format. A column that no run has is left out."""
 
 STANDARD_ERRORS = {"reward_after": "reward_se", "kl": "kl_se"}
 """Numbers shown with their 95 % interval."""
@@ -169,7 +169,7 @@ def save_figures(folder: Path, drawn: dict[str, Any], shown: list[Shown]) -> Non
 
 def content(shown: list[Shown], drawn: dict[str, str]) -> dict[str, Any]:
     """What the template shows; all text in it is escaped there, except the figures drawn here."""
-    columns = [c for c in NUMBERS if any(number(run.summary, c[1]) is not None for run in shown)]
+    columns = [c for c in NUMBERS if any(c[1] in run.summary for run in shown)]
     return {
         "title": "What RLHF taught, feature by feature" if len(shown) > 1 else f"RLHF run {shown[0].name}",
         "findings": [finding(run) for run in shown],
@@ -193,18 +193,9 @@ def finding(run: Shown) -> str:
         f"{run.name}: {s['trainable_parameters']:,} trainable numbers took the reward from {s['reward_before']:.3f} "
         f"to {s['reward_after']:.3f} (± {1.96 * s['reward_se']:.3f}) at {s['kl']:.2f} nats per completion."
     )
-    before, after = (number(s, f"attributes_{when}.cursing.share") for when in ("before", "after"))
-    if before and after is not None and "cursing" in s["parts_after"]:
-        text += f" {1 - after / before:.0%} of the curse words are gone."
+    if "cursing" in s["parts_after"] and "curse_removed" in s:
+        text += f" {s['curse_removed']:.0%} of the curse words are gone."
     return text
-
-
-def number(summary: dict[str, Any], key: str) -> float | None:
-    """The number at a dotted key, None where there is none."""
-    value: Any = summary
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def warnings(run: Shown) -> list[str]:
@@ -227,7 +218,7 @@ def warnings(run: Shown) -> list[str]:
 
 def cell(run: Shown, key: str, form: str) -> str:
     """A number of the table."""
-    value = number(run.summary, key)
+    value = run.summary.get(key)
     if value is None:
         return "–"
     text = form.format(value)
