@@ -92,7 +92,7 @@ MACHINE = [
 JOBS = [
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
     Case("train-lm launch=cpu_2", "train-lm runs in one process"),
-    Case('demo overrides={nope:["seed=1"]}', "overrides.nope: no such stage"),
+    Case("demo +overrides.nope=[x]", "overrides.nope: no such stage"),
 ]
 
 

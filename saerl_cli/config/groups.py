@@ -346,7 +346,7 @@ class RewardPart:
     """What counts are divided by (world, lexicon)."""
     path: str | None = None
     """Word list, a word and optionally a tab and its weight a line (lexicon); model folder or Hub id (hf)."""
-    words: dict[str, float] | None = None
+    words: dict[str, float] = field(default_factory=dict)
     """Words and weights given here instead of a file (lexicon)."""
     revision: str | None = None
     """Hub revision of the reward model (hf)."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.refusals import named_parts
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -23,8 +24,13 @@ def conf_dir() -> Path:
 def register_schema(name: str) -> None:
     """Make the command's dataclass known to Hydra as `NAME_schema`, the first entry of its root config."""
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name=f"{name}_schema", node=resolve(JOBS[name].schema))
+    schema = resolve(JOBS[name].schema)
+    node = OmegaConf.structured(schema)
+    for key in named_parts(schema):  # parts that the user names may be added without Hydra's `+`
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    ConfigStore.instance().store(name=f"{name}_schema", node=node)
 
 
 def config_dirs(flags: Sequence[str]) -> list[Path]:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 
 def readable(error: Exception, name: str, schema: type) -> str:
@@ -28,6 +28,9 @@ def readable(error: Exception, name: str, schema: type) -> str:
         return f"{key}={value} is a sweep: add -m, or write a list as {key}=[{value}]"
     if missing := re.search(r"Error parsing override '(.*?)'\s+missing EQUAL", text):
         return f"{missing[1]!r} is no setting; settings are written key=value ({command} --help lists them)"
+    if "is not a subclass of" in text:  # OmegaConf makes new parts of such settings only when given whole
+        named = next(iter(named_parts(schema)), key)
+        return f"a new part of {named} is written whole: '{named}={{NAME: {{KEY: VALUE}}}}'"
     if "hydra.cc/docs" in text:  # a parser's message, with a link to the grammar
         return f"cannot read a setting: {text.partition('See https')[0]}; quote values that hold special characters"
     if "missing mandatory value" in text.lower():
@@ -55,6 +58,15 @@ def settings(schema: type, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if dataclasses.is_dataclass(kind):
             yield from settings(as_type(kind), f"{prefix}{name}.")
+
+
+def named_parts(schema: type, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the settings whose parts the user names (`reward.parts`)."""
+    for name, kind in get_type_hints(schema).items():
+        if get_origin(kind) is dict:
+            yield prefix + name
+        if dataclasses.is_dataclass(kind):
+            yield from named_parts(as_type(kind), f"{prefix}{name}.")
 
 
 def as_type(kind: Any) -> type:
