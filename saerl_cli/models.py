@@ -386,7 +386,11 @@ def _module_site(path: str, model: Any) -> Site:
         near = sorted(name for name in modules if name.rpartition(".")[2] == path.rpartition(".")[2])[:3]
         raise ValueError(f"the model has no module {path!r}{'; there is ' + ', '.join(near) if near else ''}")
     shapes: list[tuple[int, ...]] = []
-    hook = modules[path].register_forward_hook(lambda module, args, output: shapes.append(output_tensor(output).shape))
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        shapes.append(getattr(output_tensor(output), "shape", ()))
+
+    hook = modules[path].register_forward_hook(keep)
     try:
         with torch.no_grad():
             network(torch.zeros(1, 2, dtype=torch.long, device=network.get_input_embeddings().weight.device))
