@@ -155,6 +155,13 @@ def test_the_flag_is_an_override_and_the_users_own_wins(saerl, words, kind):
     assert f"adapter:\n  kind: {kind}" in shown.stdout, shown.stderr
 
 
+def test_parts_that_the_user_names_are_added_with_their_words():
+    config = composed("rlhf", ["reward.parts={manners:{kind:world,attribute:polite,weight:0.5}}"])
+    assert {name: part.weight for name, part in config.reward.parts.items()} == {"cursing": -1.0, "manners": 0.5}
+    lexicon = composed("rlhf", ["reward=lexicon", "reward.parts.lexicon.words={happy: 1.0, sad: -1}"])
+    assert lexicon.reward.parts["lexicon"].words == {"happy": 1.0, "sad": -1.0}
+
+
 def test_a_site_may_be_written_as_a_place(saerl):
     shown = saerl("train-sae", "site=[mlp_out.1,resid_post.2]", "--cfg", "job", "-p", "site")
     assert "names:\n- mlp_out.1\n- resid_post.2" in shown.stdout

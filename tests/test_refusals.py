@@ -80,6 +80,9 @@ CONTRADICTIONS = [
     Case("rlhf algo.kl_coef=0", "algo.kl_coef must be > 0"),
     Case("rlhf algo.minibatches=7", "algo.minibatches=7 must divide algo.rollouts=64"),
     Case("rlhf algo.rollouts=4 launch=cpu_2", "must be a multiple of launch.num_processes x algo.minibatches = 8"),
+    Case("rlhf reward.parts.a.kind=world", "a new part of reward.parts is written whole: 'reward.parts={NAME:"),
+    Case("rlhf reward.parts={a:{kid:world}}", "there is no setting reward.parts.a.kid"),
+    Case("rlhf reward.parts={a:{kind:world}}", "a reward part of kind world needs attribute"),
     Case("rlhf reward=lexicon", "a reward part of kind lexicon needs path or words"),
 ]
 MACHINE = [
@@ -92,7 +95,7 @@ MACHINE = [
 JOBS = [
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
     Case("train-lm launch=cpu_2", "train-lm runs in one process"),
-    Case("demo +overrides.nope=[x]", "overrides.nope: no such stage"),
+    Case("demo overrides.nope=[x]", "overrides.nope: no such stage"),
 ]
 
 
