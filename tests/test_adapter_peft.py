@@ -350,6 +350,11 @@ def test_a_bfloat16_base_keeps_float32_coefficients(tmp_path):
     assert {p.dtype for layer in site_layers(policy).values() for p in layer.sae.parameters()} == {torch.float32}
     assert torch.equal(logits(policy), want)
     randomise(policy)
+    config = sparse_coeffs(tiny_neox(), {"mlp_out.1": tmp_path / "mlp_out.1"})
+    as_made = get_peft_model(
+        tiny_neox(torch.bfloat16), config, autocast_adapter_dtype=False
+    )  # as TRL does under ZeRO-3
+    assert {p.dtype for p in trainable(as_made).values()} == {torch.float32}
     changed = logits(policy)
     assert changed.dtype == torch.bfloat16
     assert not torch.equal(changed, want)

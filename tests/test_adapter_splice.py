@@ -120,6 +120,17 @@ def test_a_low_precision_stream_is_spliced_in_float32(kind: str):
         assert torch.equal(splice(sae, low, kind, delta, shift), exact.bfloat16())
 
 
+def operations(tensor: torch.Tensor) -> set[str]:
+    """Names of the backward operations that lead to a tensor."""
+    names, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.add(node.name())
+            waiting += [previous for previous, _ in node.next_functions]
+    return names
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_the_same_every_time_on_two_threads(kind: str):
     sae = random_sae(16, 64, k=8)
@@ -131,6 +142,8 @@ def test_the_gradient_is_the_same_every_time_on_two_threads(kind: str):
         splice(sae, h, kind, delta, shift).pow(2).sum().backward()
         return delta.grad
 
+    # The backwards of x[indices] and take() add up by atomics, in the order in which threads happen to arrive.
+    assert not operations(splice(sae, h, kind, delta, shift)) & {"IndexBackward0", "TakeBackward0"}
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
