@@ -63,6 +63,14 @@ def test_coefficients_are_all_that_is_trained(tmp_path):
     assert [name for name, p in policy.named_parameters() if p.grad is not None] == names
 
 
+def test_wrapping_draws_no_random_numbers(tmp_path):
+    folder = sae_folder(tmp_path, "mlp_out.1")
+    model = tiny_neox()
+    before = torch.get_rng_state()
+    get_peft_model(model, sparse_coeffs(model, {"mlp_out.1": folder}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_bias_of_pre_activation_is_trained_too(tmp_path):
     policy = coefficients_on(tiny_neox(), tmp_path, splice="pre_activation", seed=1)
     kinds = [name.split(".")[-3] for name in trainable(policy)]

@@ -40,7 +40,7 @@ class SparseCoeffModel(BaseTuner):
             ValueError: an SAE is missing, damaged, or belongs to another site, model or adapter.
         """
         config: Any = self.peft_config[adapter_name]
-        if nn.Linear(1, 1).weight.is_meta:
+        if nn.LayerNorm(1).weight.is_meta:  # a probe that draws no random number
             raise ValueError("SAEs cannot be loaded on the meta device; leave out low_cpu_mem_usage")
         # SAEs are loaded before PEFT's loop: that must not stop half-way.
         self._saes = self._bind(config, model)
@@ -64,7 +64,8 @@ class SparseCoeffModel(BaseTuner):
             if isinstance(wrapped, SparseCoeffLayer):
                 self._check_same(config, wrapped)
                 continue
-            site = resolve_sites([path], model)[0] if hasattr(model, "config") else None
+            named = hasattr(getattr(model, "config", None), "model_type")
+            site = resolve_sites([path], model)[0] if named else None
             config.sites.setdefault(path, site.name if site else path)
             folder = config.find_sae(path)
             check_sae(folder, config.model_sha256, site.width if site else None)
