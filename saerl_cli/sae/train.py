@@ -183,6 +183,7 @@ class SaeTrainer:
         before, after = ((n * config.batch_size) // config.resample_every_tokens for n in (done - 1, done))
         return config.resample is Resample.loss and after > before and done <= (1 - config.lr_decay) * self.steps
 
+    @torch.no_grad()
     def _resample(self, x: Tensor, error: Tensor, positions: Tensor | None) -> None:
         """Point dead features at inputs drawn with probability proportional to the squared loss (Bricken et al. 2023).
 

@@ -1,0 +1,209 @@
+"""The SAELens folder: round trips, refusals, and the real SAELens where it is installed."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.files import check_sae, find_saes, load_sae, read_sae_config, sae_sha256, save_sae
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(architecture="topk", k=3, site="mlp_out.1", d_in=6, d_sae=16) -> SAE:
+    g = torch.Generator().manual_seed(0)
+    sae = SAE(d_in, d_sae, architecture, k if architecture == "topk" else None)
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=g))
+    sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
+    sae.site = site
+    hook = {"hook_name": "blocks.1.hook_mlp_out", "hf_hook_name": "gpt_neox.layers.1.mlp", "prepend_bos": True}
+    provenance = {"site": site, "module": "gpt_neox.layers.1.mlp", "model_sha256": "a" * 64, "model_name": "tiny"}
+    sae.metadata = {"model_name": "tiny", "context_size": 64, **hook, "saerl": provenance}
+    return sae
+
+
+@pytest.fixture(params=["topk", "standard"])
+def folder(request, tmp_path):
+    return save_sae(make(request.param), tmp_path / "mlp_out.1", torch.rand(16))
+
+
+def test_what_is_saved_is_loaded(folder):
+    architecture = read_sae_config(folder)["architecture"]
+    loaded, original, x = load_sae(folder), make(architecture), torch.randn(20, 6)
+    assert torch.equal(loaded(x), original(x))
+    assert (loaded.site, loaded.k, loaded.metadata["saerl"]) == ("mlp_out.1", original.k, original.metadata["saerl"])
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+    ]
+    check_sae(folder, model_sha256="a" * 64, width=6)
+
+
+def test_activations_by_hand():
+    sae = SAE(2, 3, "topk", 1)
+    sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]))
+    sae.b_enc.copy_(torch.tensor([0.0, 0.5, -9.0]))
+    sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+    sae.b_dec.copy_(torch.tensor([1.0, 1.0]))
+    x = torch.tensor([[2.0, 4.0]])  # centred (1, 3): pre (1, 3.5, -7)
+    assert sae.pre_activations(x).tolist() == [[1.0, 3.5, -7.0]]
+    assert sae.encode(x).tolist() == [[0.0, 3.5, 0.0]]
+    assert sae(x).tolist() == [[1.0, 4.5]]
+    values, indices = sae.encode_sparse(x)
+    assert (values.tolist(), indices.tolist()) == ([[3.5]], [[1]])
+    assert SAE(2, 3).activate(torch.tensor([-1.0, 2.0, 0.0])).tolist() == [0.0, 2.0, 0.0]
+
+
+def test_topk_never_keeps_a_negative_value():
+    sae = make(k=16)
+    f = sae.encode(torch.randn(50, 6))
+    assert (f >= 0).all() and ((f > 0).sum(-1) < 16).any()
+
+
+def test_saelens_options_are_folded_in(tmp_path):
+    """Features without b_dec subtraction, and TopK selection on activations times decoder norm."""
+    sae = make("topk")
+    folder = save_sae(sae, tmp_path / "x")
+    path = folder / "sae_weights.safetensors"
+    tensors = load_file(path)
+    tensors["W_dec"] = tensors["W_dec"] * torch.linspace(0.2, 3, 16)[:, None]
+    save_file(tensors, path)
+    config = json.loads((folder / "cfg.json").read_text())
+    config |= {"apply_b_dec_to_input": False, "rescale_acts_by_decoder_norm": True}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    x = torch.randn(30, 6)
+    pre = x @ tensors["W_enc"] + tensors["b_enc"]
+    norm = tensors["W_dec"].norm(dim=-1)
+    values, indices = (pre * norm).topk(3)
+    f = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    expected = (f / norm) @ tensors["W_dec"] + tensors["b_dec"]
+    loaded = load_sae(folder)
+    assert torch.allclose(loaded.encode(x), f, atol=1e-5)
+    assert torch.allclose(loaded(x), expected, atol=1e-5)
+
+
+def test_the_hash_is_that_of_the_weights(folder):
+    before = sae_sha256(folder)
+    (folder / "cfg.json").write_text((folder / "cfg.json").read_text() + "\n")
+    assert sae_sha256(folder) == before
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["b_enc"][0] += 1e-6
+    save_file(tensors, folder / "sae_weights.safetensors")
+    assert sae_sha256(folder) != before
+
+
+def spoil(name, value):
+    def damage(folder):
+        path = folder / "sae_weights.safetensors"
+        tensors = load_file(path)
+        tensors[name] = value(tensors[name])
+        save_file(tensors, path)
+
+    return damage
+
+
+def edit(**keys):
+    def damage(folder):
+        path = folder / "cfg.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return damage
+
+
+def nan(tensor):
+    tensor[0] = float("nan")
+    return tensor
+
+
+REFUSALS = {
+    "truncated": (lambda f: os.truncate(f / "sae_weights.safetensors", 40), {}, "corrupted"),
+    "no weights": (lambda f: (f / "sae_weights.safetensors").unlink(), {}, "has no sae_weights.safetensors"),
+    "no config": (lambda f: (f / "cfg.json").unlink(), {}, "is not an SAE folder"),
+    "bad config": (lambda f: (f / "cfg.json").write_text("{"), {}, "malformed"),
+    "no sizes": (lambda f: (f / "cfg.json").write_text('{"architecture": "topk"}'), {}, "malformed"),
+    "nan": (spoil("W_dec", nan), {}, "W_dec contains NaN or infinite"),
+    "shape": (spoil("b_enc", lambda t: t[:-1].clone()), {}, r"b_enc has shape \[15\]"),
+    "unknown kind": (edit(architecture="gated"), {}, "'gated' is not supported"),
+    "unfolded": (edit(normalize_activations="layer_norm"), {}, "normalize_activations='layer_norm' is not supported"),
+    "other width": (lambda f: None, {"width": 512}, "d_in=6, but the site has width 512"),
+    "other model": (lambda f: None, {"model_sha256": "b" * 64}, "was trained on other weights"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_unusable_saes_are_refused_in_one_line(folder, name):
+    damage, arguments, message = REFUSALS[name]
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        check_sae(folder, **arguments)
+    assert "\n" not in str(error.value)
+    if not arguments:
+        with pytest.raises(ValueError, match=message):
+            load_sae(folder)
+
+
+def test_nan_weights_are_not_saved(tmp_path):
+    sae = make()
+    sae.b_dec[0] = float("nan")
+    with pytest.raises(ValueError, match="b_dec of the SAE at mlp_out.1 is NaN"):
+        save_sae(sae, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saes_are_found_at_every_level(tmp_path):
+    folders = {site: save_sae(make(site=site), tmp_path / "run" / "sae" / site) for site in ("mlp_out.1", "mlp_out.2")}
+    assert find_saes(tmp_path / "run") == find_saes(tmp_path / "run" / "sae") == folders
+    assert find_saes(folders["mlp_out.2"]) == {"mlp_out.2": folders["mlp_out.2"]}
+    save_sae(make(site="mlp_out.1"), tmp_path / "run" / "sae" / "again")
+    with pytest.raises(ValueError, match="both SAEs of mlp_out.1"):
+        find_saes(tmp_path / "run")
+    with pytest.raises(ValueError, match="no such folder"):
+        find_saes(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected a run directory"):
+        find_saes(tmp_path / "empty")
+
+
+CONTRACT = """
+import json, sys, warnings
+warnings.filterwarnings("ignore")
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from sae_lens import SAE
+x = load_file("x.safetensors")["x"]
+for folder in sys.argv[1:]:
+    sae = SAE.load_from_disk(folder)
+    f = sae.encode(x)
+    save_file({"f": f.detach().contiguous(), "reconstruction": sae.decode(f).detach().contiguous()}, folder + ".out")
+    meta = sae.cfg.metadata
+    known = [type(sae).__name__, meta.hook_name, meta.hf_hook_name, meta.saerl["site"], meta.context_size]
+    Path(folder + ".json").write_text(json.dumps(known))
+"""
+
+
+def test_saelens_loads_the_folders_and_computes_the_same(tmp_path):
+    python = os.environ.get("SAERL_SAELENS_PYTHON") or str(ROOT / ".venv-saelens" / "bin" / "python")
+    if not Path(python).is_file():
+        pytest.skip("needs SAELens in a Python of its own: SAERL_SAELENS_PYTHON=/path/to/python")
+    x = torch.randn(64, 32)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    saes = {architecture: make(architecture, d_in=32, d_sae=128, k=8) for architecture in ("topk", "standard")}
+    for name, sae in saes.items():
+        save_sae(sae, tmp_path / name)
+    words, env = [python, "-c", CONTRACT, *saes], os.environ | {"WANDB_MODE": "disabled"}
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for (name, sae), kind in zip(saes.items(), ("TopKSAE", "StandardSAE"), strict=True):
+        known = [kind, "blocks.1.hook_mlp_out", "gpt_neox.layers.1.mlp", "mlp_out.1", 64]
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == known
+        theirs = load_file(tmp_path / f"{name}.out")
+        assert torch.allclose(theirs["f"], sae.encode(x), atol=1e-5)
+        assert torch.allclose(theirs["reconstruction"], sae(x), atol=1e-5)
