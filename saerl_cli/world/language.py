@@ -417,10 +417,10 @@ class Writer:
         return self.pick(PLACES)
 
     def sum(self) -> str:
-        """A sum of numbers up to ten; three in ten are wrong by one."""
+        """A sum or difference of numbers up to five; three in ten are wrong by one."""
         operator = self.pick(OPERATORS)
-        left = self.pick(range(11))
-        right = self.pick(range(11 - left if operator == "plus" else left + 1))
+        left = self.pick(range(1, 6))
+        right = self.pick(range(1, 6 if operator == "plus" else left + 1))
         answer = left + right if operator == "plus" else left - right
         if self.chance(0.3):
             answer = self.pick([near for near in (answer - 1, answer + 1) if 0 <= near <= 10])
