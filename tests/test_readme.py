@@ -1,0 +1,83 @@
+"""The README's commands compose, and those of its walk-through run (small)."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_WORDS
+from hydra import compose, initialize_config_dir
+
+from saerl_cli.config import typed
+from saerl_cli.run.configs import conf_dir, register_schema
+from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.words import expand_sites, split_words, sweep_points
+
+README = (ROOT / "README.md").read_text()
+SMALL = {
+    "train-lm": TINY_WORDS,
+    "train-sae": [*TINY_WORDS, "sae.tokens=20_000", "sae.buffer_tokens=8192", "sae.k=8", "eval_tokens=2_000"],
+    "rlhf": [*TINY_WORDS, "algo.phases=2", "evaluation.samples=16", "checkpoint_every=1"],
+    "evaluate": ["evaluation.samples=16"],
+}
+
+
+def commands(section: str | None = None) -> list[list[str]]:
+    """Words of every `saerl` line in the README's bash blocks, of one section or of all."""
+    text = README if section is None else README.split(f"## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "saerl"]
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0].replace("-", "_") in JOBS], ids=" ".join)
+def test_every_command_composes(words):
+    name, rest = words[0].replace("-", "_"), [w for w in words[1:] if w != "--sparse-coeffs"]
+    sugar = ["adapter=sparse_coeffs"] if "--sparse-coeffs" in words else []
+    flags, overrides = split_words([*sugar, *rest])
+    register_schema(name)
+    overrides = expand_sites(overrides, conf_dir(), "-m" in flags)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for point in sweep_points(overrides) if "-m" in flags else [overrides]:
+            if "--cfg" not in flags:
+                typed(compose(name, point), resolve(JOBS[name].schema))
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+def test_the_list_of_files_is_the_package():
+    listed = set(re.findall(r"^  ([a-z_]+(?:\.py|/)) ", README, re.MULTILINE))
+    package = {p.name + "/" * p.is_dir() for p in (ROOT / "saerl_cli").iterdir() if not p.name.startswith(("_", "."))}
+    assert listed == package - {"py.typed"}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_walk_through_runs(saerl, empty_place):
+    for words in commands("Step by step"):
+        done = saerl(*words, *SMALL.get(words[0], []))
+        assert done.returncode == 0, (words, done.stderr)
+    assert "sparse_coeffs" in Path("runs/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_resumes(saerl, empty_place):
+    first = saerl("demo", "scale=small", "hydra.run.dir=runs/demo")
+    assert first.returncode == 0, first.stderr
+    assert "RLHF against cursing, on fresh prompts" in first.stdout
+    page = Path("runs/demo/report.html").read_text()
+    assert "Most moved features" in page
+    for stage in ("train_lm", "train_sae", "sparse_coeffs", "full"):
+        assert (Path("runs/demo") / stage / "summary.json").is_file()
+    again = saerl("demo", "scale=small", "hydra.run.dir=runs/demo")
+    assert again.returncode == 0
+    assert "complete" in again.stderr + again.stdout
