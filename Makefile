@@ -23,7 +23,7 @@ demo: $(READY) ## Run the main job end to end on the embedded model (minutes, no
 	$(BIN)/saerl demo
 
 test: check ## Check, then run the default tests
-	$(BIN)/python -m pytest -m "$(FAST)"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser"

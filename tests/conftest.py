@@ -60,7 +60,7 @@ def tiny_world_model() -> Path:
 def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An empty working directory in which commands find the package; Hydra's log handlers are removed afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

@@ -167,6 +167,12 @@ def test_a_site_may_be_written_as_a_place(saerl):
     assert "names:\n- mlp_out.1\n- resid_post.2" in shown.stdout
 
 
+def test_the_slurm_preset_composes(saerl):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
+    shown = saerl("rlhf", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher")
+    assert "max_num_timeout: 3" in shown.stdout, shown.stderr
+
+
 def test_users_add_configs_of_their_own(saerl):
     Path("mine/model").mkdir(parents=True)
     Path("mine/model/toy.yaml").write_text("kind: hub\nname: me/toy\n")

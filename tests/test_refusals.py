@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ WORDS = [
     Case("train-sae --cfg job sae.lr=abc", "sae.lr: Value 'abc'"),
     Case("evaluate", "policy has no value; write policy=…"),
 ]
+if find_spec("hydra_plugins") is None:
+    WORDS.append(Case("train-sae -m hydra/launcher=joblib", "needs an extra: pip install 'saerl[joblib]'"))
 CONTRADICTIONS = [
     Case("train-sae sae.expansion=0", "must be >= 1"),
     Case("train-sae -m sae.expansion=4,0", "must be >= 1"),

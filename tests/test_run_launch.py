@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import TINY_WORDS
 
 from saerl_cli.config.groups import LaunchConfig
 from saerl_cli.run import launch, worker
@@ -260,8 +261,20 @@ def test_ranks_that_do_not_find_each_other_are_an_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sweep_through_a_launcher():
+def test_a_sweep_through_a_launcher(saerl, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
-    done = stub("stub", "-m", "hydra/launcher=submitit_local", "seed=1,2", "hydra.sweep.dir=out")
+    words = ["train-lm", "-m", "hydra/launcher=submitit_local", *TINY_WORDS, "model.world.steps=4,5"]
+    done = saerl(*words, "hydra.sweep.dir=out", SAERL_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    assert [Run.load(f"out/{i}").record["result"] for i in range(2)] == [3.0, 2.0]
+    assert [Run.load(f"out/{i}").read_summary()["steps"] for i in range(2)] == [4, 5]
+
+
+def test_a_file_that_cannot_be_written_is_one_line():
+    """As on a full disk: nothing longer than 100 bytes can be written."""
+    limit = "import os, sys; from resource import *; setrlimit(RLIMIT_FSIZE, (100, 100)); "
+    command = [sys.executable, "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])", *STUB, "stub_here"]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert failed.returncode in (1, 2)
+    assert failed.stderr.startswith("saerl: ")
+    assert "File too large" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1

@@ -69,7 +69,7 @@ def call_hydra(name: str, conf: str, words: Sequence[str], code: int) -> None:
             hydra.main(version_base="1.3", config_path=conf, config_name=name)(job)()
     except launch.WorkFailed:  # a point of a sweep, which has said why
         raise SystemExit(1) from None
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"saerl: {' '.join(readable(error, name, resolve(JOBS[name].schema)).split())}", file=sys.stderr)
         raise SystemExit(code) from None
     except SystemExit as end:

@@ -71,12 +71,15 @@ def task_bars(names: Iterable[str]) -> Iterator[Callable[[str, float, str], None
             yield lambda name, share, note: display.update(tasks[name], completed=share, note=note)
         return
     last: dict[str, float] = {}
+    ended: set[str] = set()
 
     def update(name: str, share: float, note: str) -> None:
         now = time.monotonic()
-        if now - last.setdefault(name, now) >= PLAIN_EVERY_S:
-            last[name] = now
-            say(f"{name}: {share:.0%} {note}")
+        if name in ended or (share < 1 and now - last.setdefault(name, now) < PLAIN_EVERY_S):
+            return
+        last[name] = now
+        ended.update([name] if share >= 1 else [])
+        say(f"{name}: {share:.0%} {note}")
 
     yield update
 

@@ -19,6 +19,9 @@ def readable(error: Exception, name: str, schema: type) -> str:
     key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
     command = f"saerl {name.replace('_', '-')}"
+    if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(submitit|joblib)", text):
+        extra = "slurm" if plugin[1] == "submitit" else "joblib"
+        return f"this launcher needs an extra: pip install 'saerl[{extra}]'"
     if option := re.search(r"Could not find '(.+)/(.+)'", text):
         listed = text.partition("Available options in")[2].partition("Config search path")[0].split()[1:]
         options = f"; options are {', '.join(sorted(listed, key=natural))}" if listed else ""

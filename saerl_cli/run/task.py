@@ -42,7 +42,8 @@ def job(cfg: Any) -> float | None:
         run.end("completed")
         say(f"done: {shown(run.path)}")
         return result
-    run.end(status, message)
+    with contextlib.suppress(OSError):  # a full disk must not hide the message
+        run.end(status, message)
     single = hydra.mode == RunMode.RUN
     say(f"saerl: {message}; continue with: {command}")
     if status == "interrupted" or single:

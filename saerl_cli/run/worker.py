@@ -29,7 +29,10 @@ def main(folder: Path, schema: str, work: str) -> None:
             lock.join(folder)
         result = do(folder, schema, work, rank)
     except Exception as error:
-        report(folder, rank, error)
+        try:
+            report(folder, rank, error)
+        except OSError:  # a full disk: then on the terminal
+            print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once: a rank that waits for others in a collective would never end
     if rank == 0:
         Run(folder).update(result=result)
@@ -68,11 +71,11 @@ def report(folder: Path, rank: int, error: Exception) -> None:
     """Leave the reason for the command; unless the message says it all, the traceback goes to RUN/error.txt."""
     text = traceback.format_exc()
     message = " ".join(str(error).split())
+    if os.environ.get("SAERL_TRACEBACK") == "1":
+        print(text, file=sys.stderr, flush=True)
     if not isinstance(error, ValueError | OSError):
         write_text(folder / "error.txt", text)
         message = f"{type(error).__name__}: {message} (traceback in {shown(folder / 'error.txt')})"
-    if os.environ.get("SAERL_TRACEBACK") == "1":
-        print(text, file=sys.stderr, flush=True)
     write_json(folder / f".error.{rank}.json", {"rank": rank, "time": time.time(), "message": message})
 
 
