@@ -127,7 +127,7 @@ def test_an_exact_sae_loses_nothing(loaded, rows):
 
 
 def test_losses_equal_a_slow_loop(loaded, rows):
-    """One row at a time, with splices written out by hand; special tokens keep their activation and are not predicted."""
+    """One row at a time, splices written out by hand; special tokens keep their activation and are not predicted."""
     special = special_ids(loaded.tokenizer)
     sites = resolve_sites(["mlp_out.1"], loaded.model)
     sae = random_sae(d_in=sites[0].width)

@@ -133,7 +133,7 @@ def _train(
 
     last = max(trainer.steps for trainer in trainers.values())
     began = time.monotonic() - seconds
-    with bar(last, f"{len(trainers)} SAEs" if len(trainers) > 1 else "SAE", step) as advance:
+    with bar(last, f"SAE at {', '.join(trainers)}", step) as advance:
         for done, metrics in training(stream, trainers, config.log_every):
             note = ""
             if metrics is not None:
