@@ -1,6 +1,7 @@
 """Refusing before anything happens: compose, type, check. What is wrong becomes one `ValueError` of one line."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs(flags))}]"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            points = sweep_points(overrides) if multirun else [list(overrides)]
-            for number, point in enumerate(points):
-                cfg = compose(name, [*search, *point], return_hydra_config=True)
-                folder = check_point(name, cfg, number if multirun else None)
+            words = sweep_points(overrides) if multirun else [list(overrides)]
+            composed = [compose(name, [*search, *point], return_hydra_config=True) for point in words]
+        points = [as_point(name, cfg, number if multirun else None) for number, cfg in enumerate(composed)]
+        for point in points:  # checks may read files: only once all are well-formed
+            check_point(name, point)
         if multirun:
             return None
+        folder = points[0].folder
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)
         return folder
@@ -50,23 +53,40 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
         raise ValueError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
 
 
-def check_point(name: str, cfg: Any, number: int | None) -> Path:
-    """Judge one composed config; `number` is its place in a sweep. Returns the directory it will write."""
+@dataclass
+class Point:
+    """One run that is asked for."""
+
+    folder: Path
+    """The directory it will write, absolute."""
+    here: bool
+    """Whether it will run on this machine."""
+    cfg: Any
+    """Its settings as Hydra composed them."""
+    config: Any
+    """The same as its dataclass."""
+
+
+def as_point(name: str, cfg: Any, number: int | None) -> Point:
+    """A composed config as its dataclass, whose `__post_init__` judges; `number` is its place in a sweep."""
     from omegaconf import open_dict
 
-    hydra, folder = cfg.hydra, run_dir(cfg, number)
+    folder, launcher = run_dir(cfg, number), cfg.hydra.launcher._target_
     with open_dict(cfg):
         del cfg["hydra"]
-    config = typed(cfg, resolve(JOBS[name].schema))
-    if folder.is_dir():
-        lock.refuse_if_held(folder)
-        refuse_other_settings(folder, name, cfg)
-        if Run(folder).status == "completed":
-            return folder  # nothing will be done
-    if hasattr(config, "launch"):
-        launch.check_launch(config.launch, here="slurm" not in hydra.launcher._target_.lower())
-    resolve(JOBS[name].check)(config)
-    return folder
+    return Point(folder, "slurm" not in launcher.lower(), cfg, typed(cfg, resolve(JOBS[name].schema)))
+
+
+def check_point(name: str, point: Point) -> None:
+    """Judge a run by its directory, this machine, and the job's own check."""
+    if point.folder.is_dir():
+        lock.refuse_if_held(point.folder)
+        refuse_other_settings(point.folder, name, point.cfg)
+        if Run(point.folder).status == "completed":
+            return  # nothing will be done
+    if hasattr(point.config, "launch"):
+        launch.check_launch(point.config.launch, point.here)
+    resolve(JOBS[name].check)(point.config)
 
 
 def run_dir(cfg: Any, number: int | None) -> Path:
