@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saerl_cli.activations import capture, documents, row_length, special_ids, text_mask, token_rows
 from saerl_cli.adapter.files import check_adapter, read_deltas
-from saerl_cli.config.groups import AdapterKind
+from saerl_cli.config.groups import AdapterKind, ModelKind
 from saerl_cli.models import Loaded, Site, load_model, resolve_sites
 from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.run.files import write_json
@@ -162,10 +162,11 @@ def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, 
     rows = token_rows(documents(config.data, config.model, "heldout"), loaded.tokenizer, length)
     rows = rows[: max(1, tokens // length)]
     sites = {site.name: site for site in resolve_sites(list(deltas), loaded.model)}
+    planted = config.model.kind is ModelKind.planted
     moved: list[MovedFeature] = []
     for name, delta in deltas.items():
         sae = load_sae(adapter.find_sae(sites[name].module))
-        moved += moved_features(loaded, sites[name], sae, delta, rows, count)
+        moved += moved_features(loaded, sites[name], sae, delta, rows, count, planted)
     moved.sort(key=lambda feature: -feature.effect)
     found = {
         "features": [asdict(feature) for feature in moved[:count]],
@@ -176,7 +177,9 @@ def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, 
 
 
 @torch.no_grad()
-def moved_features(loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Tensor, count: int) -> list[MovedFeature]:
+def moved_features(
+    loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Tensor, count: int, planted: bool = False
+) -> list[MovedFeature]:
     """The features of a site whose coefficients changed most, by effect on held-out text.
 
     Args:
@@ -186,6 +189,7 @@ def moved_features(loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Te
         delta: [d_sae].
         rows: held-out token ids [rows, seq].
         count: how many.
+        planted: whether to name the attribute of the embedded language that each feature detects best.
     """
     special = special_ids(loaded.tokenizer)
     h = torch.cat([capture(loaded.model, [site], part)[site.name].float() for part in rows.split(16)])
@@ -195,8 +199,11 @@ def moved_features(loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Te
     effect = delta.abs() * (f.sum((0, 1)) / n) * sae.W_dec.norm(dim=-1)  # [d_sae]
     chosen = [i for i in effect.topk(min(count, len(effect))).indices.tolist() if delta[i] != 0]
     fired = top_tokens(sae, h[text], rows[text], 6, chosen)
+    grades = (
+        best_attributes(f[text][:, chosen], rows, text, loaded.tokenizer) if planted else [("", None)] * len(chosen)
+    )
     found = []
-    for feature, ids in zip(chosen, fired, strict=True):
+    for feature, ids, (attribute, f1) in zip(chosen, fired, grades, strict=True):
         promotes, suppresses = extreme_tokens(
             logit_effect(loaded.model, site.module, sae.W_dec[feature]), loaded.tokenizer, 6
         )
@@ -211,6 +218,28 @@ def moved_features(loaded: Loaded, site: Site, sae: SAE, delta: Tensor, rows: Te
                 promotes=promotes,
                 suppresses=suppresses,
                 contexts=strongest_contexts(f[..., feature], rows, loaded.tokenizer, 3),
+                attribute=attribute,
+                f1=f1,
             )
         )
     return found
+
+
+def best_attributes(f: Tensor, rows: Tensor, text: Tensor, tokenizer: Any) -> list[tuple[str, float | None]]:
+    """For each feature the attribute of the embedded language that its firing detects best, with the F1.
+
+    Args:
+        f: activations of the features on text tokens [n, features].
+        rows: token ids [rows, seq].
+        text: which of them are text [rows, seq], n in all.
+        tokenizer: of the embedded language, a token a word.
+    """
+    from saerl_cli.world.language import ATTRIBUTES, labels_of
+
+    carried = [labels_of(tokenizer.convert_ids_to_tokens(row)) for row in rows.tolist()]
+    truth = torch.tensor([[[name in token for name in ATTRIBUTES] for token in row] for row in carried])[text].float()
+    fired = (f > 0).float()
+    hits = fired.T @ truth  # [features, attributes]
+    f1 = 2 * hits / (fired.sum(0)[:, None] + truth.sum(0)).clamp_min(1)
+    best = f1.max(dim=1)
+    return [(ATTRIBUTES[i], float(v)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
