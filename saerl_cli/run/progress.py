@@ -16,6 +16,12 @@ def say(message: str) -> None:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
+def restore_terminal() -> None:
+    """Begin a new line and show the cursor, which a bar that was cut short has hidden."""
+    if sys.stderr.isatty():
+        print("\n\x1b[?25h", end="", file=sys.stderr, flush=True)
+
+
 def first_process() -> bool:
     """Whether this is the only process of a job, or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"

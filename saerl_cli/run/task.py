@@ -10,7 +10,7 @@ from saerl_cli.config import typed
 from saerl_cli.run import launch
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.jobs import JOBS, resolve
-from saerl_cli.run.progress import say
+from saerl_cli.run.progress import restore_terminal, say
 from saerl_cli.run.words import as_override
 
 
@@ -44,6 +44,7 @@ def job(cfg: Any) -> float | None:
         return result
     with contextlib.suppress(OSError):  # a full disk must not hide the message
         run.end(status, message)
+    restore_terminal()
     single = hydra.mode == RunMode.RUN
     say(f"saerl: {message}; continue with: {command}")
     if status == "interrupted" or single:
