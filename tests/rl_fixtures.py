@@ -45,7 +45,9 @@ def tiny_model(folder: Path) -> GPTNeoXForCausalLM:
 
 
 def tiny_sae(folder: Path, site: str = "mlp_out.1", width: int = 32, features: int = 64) -> Path:
-    """A ReLU SAE with random unit directions in both halves."""
+    """A ReLU SAE with random unit directions in both halves, written unless it is there."""
+    if (folder / site).is_dir():
+        return folder / site
     sae = SAE(width, features)
     directions = torch.nn.functional.normalize(torch.randn(features, width, generator=torch.Generator().manual_seed(1)))
     sae.W_dec.data.copy_(directions)

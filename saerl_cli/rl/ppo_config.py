@@ -25,6 +25,7 @@ class PPOConfig(GRPOConfig):
     bf16: bool | None = field(default=False, metadata={"help": "Autocast in bfloat16."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN stops the run instead."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "No outside trackers."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})

@@ -1,0 +1,83 @@
+"""PPO in two processes: the same learning as in one, and the real command killed and resumed to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY_WORDS
+from rl_fixtures import build_trainer, tiny_sae
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+HERE = Path(__file__).parent
+WORDS = [
+    "rlhf", "--sparse-coeffs", *TINY_WORDS, "adapter.lr=5e-2", "algo.phases=8", "algo.rollouts=16",
+    "algo.minibatches=2", "algo.epochs=2", "algo.max_new_tokens=8", "evaluation.samples=16", "evaluation.every=2",
+    "evaluation.heldout_tokens=500", "checkpoint_every=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["sparse_coeffs", "full"])
+def test_two_processes_learn_what_one_learns(tmp_path, adapter):
+    build_trainer(tmp_path)  # makes model and SAE before two processes look for them
+    env = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    script = [str(HERE / "rl_ranks.py"), str(tmp_path)]
+    subprocess.run([sys.executable, *script, "one", adapter], env=env, check=True, timeout=300)
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    subprocess.run([sys.executable, *ranks, *script, "two", adapter], env=env, check=True, timeout=300)
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 2e-4, name
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    for a, b in zip(first, second, strict=True):
+        for key in a.keys() - {"seconds", "tokens_per_second", "samples_per_second"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-2, abs=2e-4), key
+    assert first[-1]["kl"] != 0
+
+
+@pytest.mark.parametrize("launch", ["one", "cpu_2"])
+def test_killed_at_any_moment_and_started_again(saerl, tiny_world_model, empty_place, launch):
+    tiny_sae(empty_place / "saes")
+    words = [*WORDS, f"adapter.saes={empty_place / 'saes'}", f"launch={launch}", "launch.cpu=true"]
+    whole = saerl(*words, "hydra.run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    record = json.loads((empty_place / "whole" / "run.json").read_text())
+    assert record["status"] == "completed" and record["frozen_unchanged"] is True
+    assert record["num_processes"] == (2 if launch == "cpu_2" else 1)
+    metrics = empty_place / "killed" / "metrics.jsonl"
+    for phases in (1, 4, 6):
+        command = [sys.executable, "-m", "saerl_cli.cli", *words, "hydra.run.dir=killed"]
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= phases:
+                break
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1)  # workers in sessions of their own notice that their command is gone
+    again = saerl(*words, "hydra.run.dir=killed")
+    assert again.returncode == 0, again.stderr
+    for name in ("adapter/adapter_model.safetensors", "samples.jsonl"):
+        assert (empty_place / "whole" / name).read_bytes() == (empty_place / "killed" / name).read_bytes(), name
+    first, second = untimed(empty_place / "whole"), untimed(empty_place / "killed")
+    assert first == second and first[0]["kl"] == 0 and len(first) == 8
+
+
+def untimed(run: Path) -> list[dict]:
+    """metrics.jsonl without what the clock decides."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def test_another_number_of_processes_is_another_run(saerl, tiny_world_model, empty_place):
+    tiny_sae(empty_place / "saes")
+    words = [*WORDS, f"adapter.saes={empty_place / 'saes'}", "hydra.run.dir=run", "algo.phases=1"]
+    assert saerl(*words).returncode == 0
+    refused = saerl(*words, "launch=cpu_2")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
