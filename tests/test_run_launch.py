@@ -184,6 +184,11 @@ def workers(command: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(command.pid).children(recursive=True)
 
 
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a zombie has ended and only waits to be noticed."""
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
 HANGS = ("stub", "hydra.run.dir=out", "end=hang")
 
 
@@ -197,7 +202,8 @@ def test_a_signal_stops_the_workers_and_says_how_to_continue(number):
     assert said.splitlines()[-1] == "saerl: interrupted; continue with: saerl stub end=hang hydra.run.dir=out"
     assert Run.load("out").status == "interrupted"
     assert not Path("out/.lock").exists()
-    assert below and not any(process.is_running() for process in below)
+    assert below
+    assert not alive(below)
     assert not [path for path in Path("out").rglob("*partial*")]
 
 
@@ -213,7 +219,7 @@ def test_a_run_in_use_is_refused_and_a_killed_one_resumes():
     done = stub(*HANGS)  # at once: waits for the orphaned worker to end itself
     assert done.returncode == 0, done.stderr
     assert metrics("out") == [1.0, 2.0, 3.0, 4.0]
-    assert not any(process.is_running() for process in below)
+    assert not alive(below)
 
 
 @pytest.mark.slow
