@@ -16,7 +16,7 @@ COLOURS = ("#0f8a8a", "#d1623a", "#7a5bd1", "#c2972b", "#3f7fd1", "#b0447c")
 GREY = "#808890"
 """Axes and text: the same contrast on light and dark."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
