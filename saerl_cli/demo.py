@@ -51,6 +51,8 @@ COLUMNS = (
     ("seconds", "seconds", "{:.0f}"),
 )
 POLICIES = ("sparse_coeffs", "full")
+SAES = ["site=mlp_out", "sae.tokens=600_000"]
+"""MLP outputs above layer 0, whose MLP sees the current token alone; so many tokens explain over 99 % of them."""
 MEASURED = (
     *("reward_before", "reward_after", "reward_se", "kl", "kl_se", "nll_heldout_before", "nll_heldout_after"),
     *("curse_share_before", "curse_share_after", "curse_removed"),
@@ -78,7 +80,7 @@ def stages(config: DemoConfig, out: Path) -> dict[str, Stage]:
     policy = ["model=planted", "reward=cursing", f"seed={config.seed}"]
     words = {
         "train_lm": ["train-lm", "model=planted", f"model.world.seed={config.seed}"],
-        "train_sae": ["train-sae", "model=planted", "site=mlp_out", f"seed={config.seed}", f"sae.seed={config.seed}"],
+        "train_sae": ["train-sae", "model=planted", *SAES, f"seed={config.seed}", f"sae.seed={config.seed}"],
         "sparse_coeffs": ["rlhf", "--sparse-coeffs", f"adapter.saes={out / 'train_sae'}", *policy],
         "full": ["rlhf", *policy],
     }
