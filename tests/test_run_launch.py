@@ -13,9 +13,9 @@ import pytest
 from conftest import TINY_WORDS
 
 from saerl_cli.config.groups import LaunchConfig
-from saerl_cli.run import launch, worker
+from saerl_cli.run import launch, lock, worker
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json, read_jsonl
+from saerl_cli.run.files import read_json, read_jsonl, write_json
 
 STUB = [sys.executable, str(Path(__file__).parent / "stub_command.py")]
 
@@ -145,6 +145,26 @@ def test_a_sweep_has_a_directory_a_point_and_resumes():
     other = stub(*words[:2], "steps=1,3", *words[3:])
     assert other.returncode == 2
     assert "out/1 was started with other settings (steps=2, now 3)" in other.stderr
+
+
+def test_a_directory_taken_after_the_checks_is_left_alone(monkeypatch):
+    """What two sweeps that start together would meet."""
+    from stub_command import register
+
+    from saerl_cli.run import bridge
+
+    def in_use(folder: Path) -> None:
+        raise lock.InUse(f"{folder} is in use by process 1")
+
+    register()
+    monkeypatch.setattr(lock, "acquire", in_use)
+    theirs = {"job": "stub_here", "status": "running"}
+    Path("out/0").mkdir(parents=True)
+    write_json(Path("out/0/run.json"), theirs)
+    with pytest.raises(SystemExit) as end:
+        bridge.run("stub_here", ["-m", "steps=1", "hydra.sweep.dir=out"])
+    assert end.value.code == 1
+    assert read_json(Path("out/0/run.json")) == theirs
 
 
 def read_hydra(folder: str) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.config import typed
-from saerl_cli.run import launch
+from saerl_cli.run import launch, lock
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.progress import restore_terminal, say
@@ -34,6 +34,9 @@ def job(cfg: Any) -> float | None:
     try:
         run.start(name, command, getattr(config, "seed", None))
         result = work(name, config, run)
+    except lock.InUse as error:  # since the checks; its record is another command's
+        say(f"saerl: {error}")
+        raise launch.WorkFailed(str(error)) from None
     except KeyboardInterrupt:
         status, message = "interrupted", "interrupted"
     except Exception as error:
