@@ -3,9 +3,7 @@
 language model -> SAEs -> coefficient-only PPO next to unconstrained PPO -> both on fresh prompts -> report
 """
 
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saerl_cli.config.demo import DemoConfig, Scale
+from saerl_cli.run import launch
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
 from saerl_cli.run.progress import say, task_bars
@@ -110,7 +109,7 @@ def work(config: DemoConfig, run: Run) -> float:
         Share of curse words that coefficient-only PPO removed, in [.., 1].
 
     Raises:
-        RuntimeError: a stage failed; its own message is above, its run directory is kept.
+        saerl_cli.run.launch.WorkFailed: a stage failed; its own message is above, its run directory is kept.
     """
     began = time.monotonic()
     todo = stages(config, run.path)
@@ -172,19 +171,15 @@ def run_stages(group: list[Stage]) -> None:
     """Run stages side by side; show each command first, and the progress of its metrics while it runs."""
     for stage in group:
         say(f"$ {stage.typed}")
-    if len(group) == 1:
-        finish(group[0], subprocess.call(command(group[0])))
-        return
-    children = {stage.name: start_quietly(stage) for stage in group}
+    children = [start(stage, quiet=len(group) > 1) for stage in group]
     try:
-        watch(group, children)
+        if len(group) > 1:
+            watch(group, children)
+        codes = [child.wait() for child in children]
     finally:
-        for child in children.values():
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
-                child.wait()
-    for stage in group:
-        finish(stage, children[stage.name].returncode)
+        launch.stop(children)  # an interrupted demo waits until its stages have said that they are
+    for stage, code in zip(group, codes, strict=True):
+        finish(stage, code)
 
 
 def command(stage: Stage) -> list[str]:
@@ -192,16 +187,18 @@ def command(stage: Stage) -> list[str]:
     return [sys.executable, "-m", "saerl_cli.cli", *stage.words]
 
 
-def start_quietly(stage: Stage) -> subprocess.Popen:
-    """Start a stage with its messages in DEMO/STAGE.log: two progress bars cannot share a terminal."""
-    log = stage.folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command(stage), stdout=log, stderr=log, env=os.environ)
+def start(stage: Stage, quiet: bool) -> subprocess.Popen:
+    """Start a stage; `quiet` puts its messages into DEMO/STAGE.log, as two progress bars cannot share a terminal."""
+    if not quiet:
+        return subprocess.Popen(command(stage))
+    with stage.folder.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command(stage), stdout=log, stderr=log)
 
 
-def watch(group: list[Stage], children: dict[str, subprocess.Popen]) -> None:
+def watch(group: list[Stage], children: list[subprocess.Popen]) -> None:
     """Progress of stages from the last line of their metrics, until all have ended."""
     with task_bars([stage.name for stage in group]) as update:
-        while any(child.poll() is None for child in children.values()):
+        while any(child.poll() is None for child in children):
             for stage in group:
                 update(stage.name, *progress_of(stage))
             time.sleep(0.5)
@@ -222,4 +219,4 @@ def finish(stage: Stage, code: int) -> None:
         return
     log = stage.folder.with_suffix(".log")
     last = log.read_text().strip().splitlines()[-1:] if log.is_file() else []
-    raise RuntimeError(" ".join([f"stage {stage.name} failed (exit {code}).", *last]))
+    raise launch.WorkFailed(" ".join([f"stage {stage.name} failed (exit {code}).", *last]))

@@ -133,14 +133,6 @@ def composed(name: str, words: list[str]):
     return typed(cfg, resolve(JOBS[name].schema))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_composes_with_the_command_in_its_header(saerl, path):
-    command = re.search(rf"^# saerl (\S+) .*experiment={path.stem}", path.read_text(), re.M)
-    assert command, f"{path.name} lacks its command: # saerl COMMAND ... experiment={path.stem}"
-    shown = saerl(command[1], f"experiment={path.stem}", "--cfg", "job")
-    assert shown.returncode == 0, shown.stderr
-
-
 @pytest.mark.parametrize(
     "words, kind",
     [
