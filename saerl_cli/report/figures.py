@@ -92,7 +92,7 @@ def reward_against_kl(points: dict[str, dict[str, float]], curves: dict[str, lis
             zorder=3,
         )
     axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward")
-    axes.legend()
+    axes.legend(loc="lower right")
     return figure
 
 
