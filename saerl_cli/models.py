@@ -393,7 +393,9 @@ def _module_site(path: str, model: Any) -> Site:
     hook = modules[path].register_forward_hook(keep)
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 2, dtype=torch.long, device=network.get_input_embeddings().weight.device))
+            embedding = network.get_input_embeddings().weight  # [vocabulary, width]
+            # Embeddings, not ids: some models compare ids with the pad token, which the meta device cannot.
+            network(inputs_embeds=embedding.new_zeros(1, 2, embedding.shape[1]))
     finally:
         hook.remove()
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][:2] != (1, 2):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from saerl_cli.config.groups import Dtype, ModelConfig, ModelKind
 from saerl_cli.models import (
@@ -237,3 +237,10 @@ def test_pythia_configs_have_sites_and_its_tokenizer_fits_no_story_model(shared_
     with pytest.raises(ValueError, match="50277 entries but the model embeds 512"):
         describe(local(folder))
     assert light_tokenizer(shared_data / "pythia_tokenizer") is not None
+
+
+def test_a_raw_module_path_works_without_weights_on_an_architecture_without_aliases():
+    """GPT-2 compares token ids with its pad token, which the meta device refuses."""
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    (site,) = resolve_sites(["transformer.h.1.mlp"], config)
+    assert (site.name, site.module, site.width) == ("transformer.h.1.mlp", "transformer.h.1.mlp", 16)
