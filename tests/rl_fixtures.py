@@ -72,7 +72,7 @@ def build_trainer(
 ) -> PPOTrainer:
     """A PPO run of phases of 16 completions, 4 minibatches, 2 epochs: 8 optimiser steps a phase."""
     extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset") if name in settings}
-    model = tiny_model(folder / "model")
+    model = settings.pop("model", None) or tiny_model(folder / "model")
     peft_config = None
     if adapter == "sparse_coeffs":
         tiny_sae(folder / "sae")

@@ -86,6 +86,13 @@ def test_tensors_we_add_are_shuffled_with_their_rows():
     assert torch.equal(mixed["a"] * 10.0, mixed["b"][:, 0]) and mixed["n"] == 3
 
 
+def move(trainer):
+    """Policy and value head some way from where they start."""
+    generator = torch.Generator().manual_seed(2)
+    for _, p in trainer.trainable():
+        p.data.add_(0.5 * torch.randn(p.shape, generator=generator))
+
+
 def batch_of(trainer):
     batch = trainer._generate_and_score_completions(ROWS)
     generator = torch.Generator().manual_seed(0)
@@ -112,24 +119,35 @@ def test_advantages_of_every_token_give_our_clipped_surrogate(tmp_path):
     )
 
 
-def test_our_loss_adds_the_value_loss_and_no_second_kl(tmp_path):
-    trainer = build_trainer(tmp_path, vf_coef=0.5)
+@pytest.mark.parametrize("training", [False, True])
+def test_our_loss_adds_the_value_loss_and_no_second_kl(tmp_path, training):
+    trainer = build_trainer(tmp_path, vf_coef=0.5, beta=0.5)
     trainer.model.eval()
+    move(trainer)
     batch = batch_of(trainer)
+    trainer.model.train(training)
+    tokens = batch["num_items_in_batch"]
+    if training:  # one of the four micro-batches of the phase
+        batch = {key: x if x.ndim == 0 else x[:4] for key, x in batch.items()}
+        trainer.current_gradient_accumulation_steps = 1
+        tokens = tokens / 4
     mask = batch["completion_mask"].float()
     loss = trainer._compute_loss(trainer.model, batch)
     policy = ppo_math.clipped_surrogate(trainer.logps, batch["old_per_token_logps"], batch["advantages"], 0.2)
     value = ppo_math.clipped_value_loss(trainer.state_values[-1], batch["old_values"], batch["returns"], 0.2)
-    torch.testing.assert_close(loss, ((policy + 0.5 * value) * mask).sum() / mask.sum())
+    torch.testing.assert_close(loss, ((policy + 0.5 * value) * mask).sum() / tokens)
     assert trainer.beta == trainer.args.beta > 0, "lent to the base class and given back"
+    assert (batch["ref_per_token_logps"] - trainer.logps).abs().max() > 0.01, "else a KL in the loss would not show"
 
 
 def test_whitened_advantages_follow_from_the_stored_numbers(tmp_path):
     trainer = build_trainer(tmp_path, beta=0.3, missing_eos_penalty=0.5)
-    for _, p in trainer.trainable():
-        p.data.add_(0.3)
+    move(trainer)
     batch = trainer._generate_and_score_completions(ROWS)
     mask, ids = batch["completion_mask"], batch["completion_ids"]
+    trainer.state_values = []
+    torch.testing.assert_close(trainer.score_policy(batch), batch["old_per_token_logps"])
+    torch.testing.assert_close(batch["old_values"], trainer.state_values[0] * mask)
     logp, logp_ref, values = batch["old_per_token_logps"], batch["ref_per_token_logps"], batch["old_values"]
     advantages = torch.zeros_like(values)
     for b in range(16):  # the same in plain loops

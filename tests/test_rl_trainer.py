@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from rl_fixtures import build_trainer, good_share, prompts, tiny_model, trained, word_tokenizer
-from transformers import TrainerCallback
+from rl_fixtures import WORDS, build_trainer, good_share, prompts, tiny_model, trained, word_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
 from saerl_cli.rl.trainer import Diverged
@@ -139,6 +139,20 @@ def test_left_padding_changes_no_log_probability(tmp_path):
         together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, padded, mask, 3)
     torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(values, trainer.state_values.pop(), atol=1e-6, rtol=1e-5)
+
+
+def test_left_padding_changes_nothing_for_learned_positions_either(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(WORDS)}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)).save_pretrained(tmp_path)
+    trainer = build_trainer(tmp_path, "full", model=GPT2LMHeadModel.from_pretrained(tmp_path))
+    ids = torch.tensor([[2, 3, 4, 5, 6, 7]])
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    padded, mask = torch.cat([padding, ids], 1), torch.cat([padding, torch.ones_like(ids)], 1)
+    with torch.no_grad():
+        alone, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
+        together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, padded, mask, 3)
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
 def test_missing_end_is_punished_by_any_end_token(tmp_path):
