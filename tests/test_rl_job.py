@@ -97,6 +97,14 @@ def test_refusals_in_one_line(saes, overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_kill_left_half_written_is_no_sae(saes, tmp_path):
+    import shutil
+
+    shutil.copytree(saes, tmp_path / "saes")
+    shutil.copytree(saes / "mlp_out.1", tmp_path / "saes" / ".mlp_out.1.partial.17")
+    job.check(settings(tmp_path / "saes"))
+
+
 def test_sae_of_another_model_is_refused(saes, tiny_world_model, tmp_path):
     config = json.loads((tiny_sae(tmp_path) / "cfg.json").read_text())
     config["metadata"]["saerl"]["model_sha256"] = "0" * 64

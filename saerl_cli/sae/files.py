@@ -192,7 +192,7 @@ def find_saes(path: Path | str) -> dict[str, Path]:
         folders = [path]
     else:
         root = path / "sae" if (path / "sae").is_dir() else path
-        folders = sorted(child for child in root.iterdir() if (child / CONFIG_FILE).is_file())
+        folders = sorted(child for child in root.iterdir() if child.name[0] != "." and (child / CONFIG_FILE).is_file())
     if not folders:
         raise ValueError(
             f"no SAEs in {path}: expected a run directory of `saerl train-sae` or a folder with {CONFIG_FILE}"
