@@ -76,7 +76,7 @@ class Stage:
 
 def stages(config: DemoConfig, out: Path) -> dict[str, Stage]:
     """The commands of the demo, by name."""
-    policy = ["model=planted", "reward=cursing", f"seed={config.seed}"]
+    policy = ["model=planted", "reward=cursing", "algo.phases=40", f"seed={config.seed}"]
     words = {
         "train_lm": ["train-lm", "model=planted", f"model.world.seed={config.seed}"],
         "train_sae": ["train-sae", "model=planted", *SAES, f"seed={config.seed}", f"sae.seed={config.seed}"],
