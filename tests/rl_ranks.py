@@ -29,6 +29,7 @@ def main(folder: Path, name: str, adapter: str) -> None:
     if trainer.accelerator.is_main_process:
         save_file(trained(trainer), folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(rows))
+    trainer.accelerator.end_training()  # a process group that outlives Python's exit can abort the process
 
 
 if __name__ == "__main__":

@@ -169,12 +169,13 @@ def save_figures(folder: Path, drawn: dict[str, Any], shown: list[Shown]) -> Non
 
 def content(shown: list[Shown], drawn: dict[str, str]) -> dict[str, Any]:
     """What the template shows; all text in it is escaped there, except the figures drawn here."""
+    base = model_name(shown[0])
     columns = [c for c in NUMBERS if any(c[1] in run.summary for run in shown)]
     return {
         "title": "What RLHF taught, feature by feature" if len(shown) > 1 else f"RLHF run {shown[0].name}",
         "findings": [finding(run) for run in shown],
         "warnings": [f"{run.name}: {text}" for run in shown for text in warnings(run)],
-        "caption": f"Fresh samples on held-out prompts; ± is half a 95 % interval. Model: {model_name(shown[0])}.",
+        "caption": f"Measured when a run ends, on held-out prompts; ± half a 95 % interval. Model: {base}.",
         "columns": [column for column, _, _ in columns],
         "table": [{"name": run.name, "cells": [cell(run, key, form) for _, key, form in columns]} for run in shown],
         "frontier": drawn["frontier"],
