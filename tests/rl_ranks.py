@@ -13,6 +13,8 @@ import torch
 from rl_fixtures import build_trainer, trained
 from safetensors.torch import save_file
 
+from saerl_cli.run.worker import leave
+
 
 def main(folder: Path, name: str, adapter: str) -> None:
     torch.set_num_threads(1)
@@ -29,7 +31,9 @@ def main(folder: Path, name: str, adapter: str) -> None:
     if trainer.accelerator.is_main_process:
         save_file(trained(trainer), folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps(rows))
-    trainer.accelerator.end_training()  # a process group that outlives Python's exit can abort the process
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":
