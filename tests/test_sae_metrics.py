@@ -16,6 +16,7 @@ from saerl_cli.sae.metrics import (
     auroc,
     density,
     evaluate_saes,
+    max_cosine,
     reconstruction_metrics,
     reconstruction_sums,
 )
@@ -199,3 +200,11 @@ def test_the_feature_that_detects_an_attribute_is_found():
     assert scores == {
         "cursing": {"feature": 0, "f1": pytest.approx(4 / 6), "auroc": pytest.approx(3.5 / 6), "tokens": 3}
     }
+
+
+def test_max_cosine_by_hand(monkeypatch):
+    """Directions at 0, 60 and 180 degrees, of any length: the best partners are at cosines 1/2, 1/2 and -1/2."""
+    decoder = torch.tensor([[2.0, 0.0], [0.5, 0.75**0.5], [-3.0, 0.0]])
+    assert max_cosine(decoder) == pytest.approx(0.5 / 3)
+    monkeypatch.setattr("saerl_cli.sae.metrics.COSINES_AT_ONCE", 2)
+    assert max_cosine(decoder) == pytest.approx(0.5 / 3)

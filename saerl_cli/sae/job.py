@@ -243,6 +243,12 @@ def _evaluate(
             **numbers,
             **({"attributes": attributes[site.name]} if site.name in attributes else {}),
         }
+    for name, numbers in summary.items():
+        say(
+            f"{name}: FVU {numbers['fvu']:.4f}, L0 {numbers['l0']:.1f}, loss {numbers['ce_base']:.3f} ->"
+            f" {numbers['ce_spliced']:.3f} spliced, {numbers['ce_zero']:.3f} ablated"
+            f" ({numbers['ce_recovered']:.1%} recovered), {numbers['dead_fraction']:.1%} dead"
+        )
     mean_fvu = sum(numbers["fvu"] for numbers in summary.values()) / len(summary)
     run.update(outputs={"sae": outputs})
     run.summary({"saes": summary, "tokens": tokens, "seconds": seconds, "fvu_mean": mean_fvu})

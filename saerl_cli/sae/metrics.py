@@ -10,6 +10,7 @@ With x an activation, x^ its reconstruction, e = x^ - x, m the mean of x over th
     ce_recovered  (ce_zero - ce_spliced) / (ce_zero - ce_base)
     kl_spliced    mean KL(base || spliced) per token, in nats
     dead_heldout  share of features that never fire on the set
+    max_cosine    mean over features of the largest cosine of their direction with another's (decoder geometry)
 
 `ev_legacy` is the explained variance of older papers; it depends on the batches.
 """
@@ -26,6 +27,8 @@ from saerl_cli.sae.autoencoder import SAE
 
 LOGITS_AT_ONCE = 2**26
 """Numbers in one batch of logits: 256 MB in float32."""
+COSINES_AT_ONCE = 1024
+"""Rows of the matrix of cosines between decoder directions held at once."""
 DENSITY_EDGES = [-6.0, -5.5, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0]
 """log10 of the share of tokens on which a feature fires."""
 Sums = dict[str, Tensor]
@@ -61,7 +64,30 @@ def evaluate_saes(
         for key, value in sums.items():
             sums[key] = reduce(value)
     losses = language_losses(model, sites, saes, {n: s["x"] / s["n"] for n, s in totals.items()}, rows, special, reduce)
-    return {site.name: reconstruction_metrics(totals[site.name]) | losses[site.name] for site in sites}
+    return {
+        site.name: reconstruction_metrics(totals[site.name])
+        | losses[site.name]
+        | {"max_cosine": max_cosine(saes[site.name].W_dec)}
+        for site in sites
+    }
+
+
+def max_cosine(decoder: Tensor) -> float:
+    """Mean over features of the largest cosine of a decoder row with any other row; near 1 where features repeat.
+
+    Args:
+        decoder: [d_sae, d_in].
+    """
+    if len(decoder) < 2:
+        return 0.0
+    rows = torch.nn.functional.normalize(decoder.float(), dim=-1)
+    total = 0.0
+    for start in range(0, len(rows), COSINES_AT_ONCE):
+        cosines = rows[start : start + COSINES_AT_ONCE] @ rows.T  # [part, d_sae]
+        own = torch.arange(len(cosines), device=rows.device)
+        cosines[own, own + start] = -1.0
+        total += cosines.max(dim=1).values.double().sum().item()
+    return total / len(rows)
 
 
 def add(total: Sums, part: Sums) -> None:
