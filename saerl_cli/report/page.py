@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from saerl_cli.analysis.features import describe_run, features_file
 from saerl_cli.report import figures
-from saerl_cli.run.files import read_json, read_jsonl
+from saerl_cli.run.files import read_json, read_jsonl, write_text
 
 SHOWN_FEATURES = 12
 SHOWN_SAMPLES = 12
@@ -67,9 +67,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
     save_figures(out.parent / "figures", drawn, shown)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("page.html").render(**content(shown, {k: figures.svg(v) for k, v in drawn.items()}))
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    write_text(out, page)
     return out
 
 
@@ -151,7 +149,7 @@ def save_figures(folder: Path, drawn: dict[str, Any], shown: list[Shown]) -> Non
     """Every figure as SVG, and its data as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        (folder / f"{name}.svg").write_text(figures.svg(figure))
+        write_text(folder / f"{name}.svg", figures.svg(figure))
     figures.write_csv(folder / "curves.csv", [{"run": run.name, **line} for run in shown for line in run.metrics])
     figures.write_csv(folder / "frontier.csv", [{"run": run.name, **final_point(run)} for run in shown])
     for run in shown:
