@@ -30,7 +30,7 @@ SMALL_MODEL = [
 ]
 SMALL: dict[str, list[str]] = {
     "train_lm": SMALL_MODEL,
-    "train_sae": [*SMALL_MODEL, "sae.tokens=40_000", "sae.buffer_tokens=8192", "sae.k=8", "eval_tokens=4_000"],
+    "train_sae": [*SMALL_MODEL, "sae.tokens=40_000", "activations.buffer_tokens=8192", "sae.k=8", "eval_tokens=4_000"],
     "sparse_coeffs": [*SMALL_MODEL, "algo.phases=3", "evaluation.samples=32", "checkpoint_every=1"],
     "full": [*SMALL_MODEL, "algo.phases=3", "evaluation.samples=32", "checkpoint_every=1"],
     "evaluate": ["evaluation.samples=32"],

@@ -27,19 +27,25 @@ SNAPSHOT = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]  # neve
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 # Position -> module of layer L. The hidden layer of a gated MLP is no module's output, so Llamas have no mlp_hidden.
+# mlp_in is the normalised stream that the MLP reads: the input side of a transcoder.
 NEOX = {
     "mlp_out": "gpt_neox.layers.{}.mlp",
     "mlp_hidden": "gpt_neox.layers.{}.mlp.act",
     "attn_out": "gpt_neox.layers.{}.attention",
     "resid_post": "gpt_neox.layers.{}",
+    "mlp_in": "gpt_neox.layers.{}.post_attention_layernorm",
 }
 LLAMA = {
     "mlp_out": "model.layers.{}.mlp",
     "attn_out": "model.layers.{}.self_attn",
     "resid_post": "model.layers.{}",
+    "mlp_in": "model.layers.{}.post_attention_layernorm",
 }
-FAMILIES = {"gpt_neox": NEOX} | dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "olmo2", "phi3", "smollm3", "stablelm"), LLAMA
+LLAMA_OTHER_NORMS = {position: module for position, module in LLAMA.items() if position != "mlp_in"}
+FAMILIES = (
+    {"gpt_neox": NEOX}
+    | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "phi3", "smollm3"), LLAMA)
+    | dict.fromkeys(("gemma2", "olmo2", "stablelm"), LLAMA_OTHER_NORMS)
 )
 
 
@@ -74,7 +80,7 @@ class Site:
     layer: int | None
     """Layer of an alias."""
     position: str
-    """`mlp_out`, `mlp_hidden`, `attn_out`, `resid_post`, or `module`."""
+    """`mlp_in`, `mlp_out`, `mlp_hidden`, `attn_out`, `resid_post`, or `module`."""
     width: int
     """Dimensions of the output."""
     trivial: bool = False

@@ -91,7 +91,7 @@ def test_first_mlp_of_a_parallel_residual_model_is_trivial():
     def trivial(config):
         return [s.name for s in resolve_sites(["*"], config) if s.trivial]
 
-    assert trivial(NEOX) == ["mlp_out.0", "mlp_hidden.0"]
+    assert trivial(NEOX) == ["mlp_out.0", "mlp_hidden.0", "mlp_in.0"]
     assert trivial(SimpleNamespace(**{**NEOX.to_dict(), "use_parallel_residual": False})) == []
     assert trivial(LLAMA) == []
 

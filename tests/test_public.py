@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import saerl_cli
-from saerl_cli.config.groups import SaeConfig
+from saerl_cli.config.sae import SaeConfig
 
 
 @pytest.mark.parametrize("name", saerl_cli.PUBLIC)
@@ -34,7 +34,7 @@ def test_saes_train_on_any_iterator_of_tensors():
             chosen = torch.rand(256, 24, generator=generator) < 0.1
             yield (chosen * torch.rand(256, 24, generator=generator)) @ directions
 
-    config = SaeConfig(expansion=None, d_sae=64, k=4, batch_size=256, buffer_tokens=256, tokens=300 * 256, lr=5e-3)
+    config = SaeConfig(expansion=None, d_sae=64, k=4, batch_size=256, tokens=300 * 256, lr=5e-3)
     (sae,) = saerl_cli.train_saes(batches(), [config])
     x = next(batches())
     assert ((x - sae(x)) ** 2).sum() < 0.2 * ((x - x.mean(0)) ** 2).sum()

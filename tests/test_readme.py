@@ -16,7 +16,7 @@ from saerl_cli.run.words import expand_sites, split_words, sweep_points
 README = (ROOT / "README.md").read_text()
 SMALL = {
     "train-lm": TINY_WORDS,
-    "train-sae": [*TINY_WORDS, "sae.tokens=20_000", "sae.buffer_tokens=8192", "sae.k=8", "eval_tokens=2_000"],
+    "train-sae": [*TINY_WORDS, "sae.tokens=20_000", "activations.buffer_tokens=8192", "sae.k=8", "eval_tokens=2_000"],
     "rlhf": [*TINY_WORDS, "algo.phases=2", "evaluation.samples=16", "checkpoint_every=1"],
     "evaluate": ["evaluation.samples=16"],
 }

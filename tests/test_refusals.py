@@ -53,7 +53,7 @@ WORDS = [
     Case("train-sae zzz.yyy=3", "there is no setting zzz; saerl train-sae --help lists"),
     Case("train-sae sae.lr=abc", "sae.lr: Value 'abc' of type 'str' could not be converted to Float"),
     Case("train-sae seed=1.5", "seed: Value '1.5'"),
-    Case("train-sae sae.architecture=foo", "expected one of [topk, relu, relu_unit]"),
+    Case("train-sae sae.architecture=foo", "expected one of [topk, batchtopk, matryoshka, relu, jumprelu, gated]"),
     Case("train-sae model=missing", "there is no model=missing; options are hub, local, planted, pythia-14m"),
     Case("train-sae launch=two", "there is no launch=two; options are cpu_2, one"),
     Case("train-sae sae.lr=0.1,0.2", "sae.lr=0.1,0.2 is a sweep: add -m, or write a list as sae.lr=[0.1,0.2]"),

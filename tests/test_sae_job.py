@@ -16,17 +16,17 @@ import torch
 from conftest import TINY_WORDS, TINY_WORLD
 from safetensors.torch import load_file
 
+from saerl_cli.config.activations import ActivationsConfig
 from saerl_cli.config.groups import (
-    Architecture,
     DataConfig,
     DataKind,
     LaunchConfig,
     ModelConfig,
     ModelKind,
-    SaeConfig,
     SiteConfig,
     WorldConfig,
 )
+from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
@@ -36,11 +36,15 @@ from saerl_cli.sae.files import check_sae, find_saes, load_sae, sae_sha256
 SIZES = {
     "tokens": 12_800,
     "batch_size": 256,
-    "buffer_tokens": 1024,
     "dead_after_tokens": 2000,
     "resample_every_tokens": 2560,
 }
-WORDS = [*TINY_WORDS, "site=[mlp_out.1,resid_post.0]", *(f"sae.{key}={value}" for key, value in SIZES.items())]
+WORDS = [
+    *TINY_WORDS,
+    "site=[mlp_out.1,resid_post.0]",
+    "activations.buffer_tokens=1024",
+    *(f"sae.{key}={value}" for key, value in SIZES.items()),
+]
 WORDS += ["eval_tokens=1500", "log_every=5", "checkpoint_every=10"]
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
 
@@ -49,6 +53,7 @@ def tiny(**changes) -> TrainSaeConfig:
     config = TrainSaeConfig(
         model=ModelConfig(world=WorldConfig(**TINY_WORLD)),
         site=SiteConfig(names=["mlp_out.1", "resid_post.0"]),
+        activations=ActivationsConfig(buffer_tokens=1024),
         sae=SaeConfig(**SIZES, lr=1e-2),
         eval_tokens=1500,
         log_every=5,
@@ -109,9 +114,9 @@ def test_a_trivial_site_is_warned_about(tmp_path, capfd, tiny_world_model):
     assert read_json(tmp_path / "summary.json")["saes"]["mlp_out.0"]["trivial"] is True
 
 
-@pytest.mark.parametrize("architecture", [Architecture.relu, Architecture.relu_unit])
-def test_relu_saes_are_saved_as_standard(tmp_path, tiny_world_model, architecture):
-    config = tiny(sae=SaeConfig(**SIZES, architecture=architecture, l1=0.5, lr=5e-3))
+@pytest.mark.parametrize("norm", list(DecoderNorm))
+def test_relu_saes_are_saved_as_standard(tmp_path, tiny_world_model, norm):
+    config = tiny(sae=SaeConfig(**SIZES, architecture=Architecture.relu, decoder_norm=norm, l1=0.5, lr=5e-3))
     job.work(config, Run(tmp_path), ACCELERATOR)
     sae = load_sae(tmp_path / "sae" / "mlp_out.1")
     assert sae.architecture == "standard"
@@ -133,10 +138,10 @@ def local(folder: Path) -> ModelConfig:
 
 SHORT = "".join(json.dumps({"text": "we saw the film ."}) + "\n" for _ in range(20))
 REFUSALS = {
-    "unknown site": (lambda m, t: {"site": SiteConfig(names=["mlp_in.1"])}, "unknown site|no module"),
+    "unknown site": (lambda m, t: {"site": SiteConfig(names=["mlp_side.1"])}, "unknown site|no module"),
     "layer": (lambda m, t: {"site": SiteConfig(names=["mlp_out.2"])}, "layer 2 is out of range"),
     "glob": (lambda m, t: {"site": SiteConfig(names=["mlp_out.9*"])}, "no site matches"),
-    "k": (lambda m, t: {"sae": SaeConfig(expansion=1, k=33)}, "sae.k=33 > d_sae=32"),
+    "k": (lambda m, t: {"sae": SaeConfig(expansion=1, k=33, batch_size=64)}, "sae.k=33 > d_sae=32"),
     "context": (lambda m, t: {"data": DataConfig(context_size=65)}, "exceeds the model's context of 64"),
     "planted text too short": (lambda m, t: {"data": DataConfig(max_documents=3)}, "less than one batch"),
     "no model": (lambda m, t: {"model": local(t / "none")}, "no such folder"),
@@ -177,6 +182,7 @@ def test_checks_accept_what_works_without_importing_torch(tmp_path, tiny_world_m
     code = f"""
 import sys
 from saerl_cli.config.groups import *
+from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.sae.job import check
 check(TrainSaeConfig())
@@ -298,7 +304,7 @@ def test_two_processes_train_what_one_does(saerl, tiny_world_model, architecture
 @pytest.mark.parametrize("name", ["neox_stories_nano", "stories260k"])
 def test_real_models_of_two_families(tmp_path, shared_data, name):
     data = DataConfig(kind=DataKind.text, path=str(shared_data / "tinystories" / "stories.jsonl"), context_size=128)
-    sae = SaeConfig(tokens=60_000, batch_size=512, buffer_tokens=16_384, lr=1e-2)
+    sae = SaeConfig(tokens=60_000, batch_size=512, lr=1e-2)
     config = tiny(model=local(shared_data / name), data=replace(data, max_documents=200), sae=sae)
     config = replace(config, site=SiteConfig(names=["mlp_out.1", "mlp_out.3"]), eval_tokens=4000)
     job.check(config)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saerl_cli.config.groups import Architecture, Resample, SaeConfig
+from saerl_cli.config.sae import Architecture, DecoderNorm, Resample, SaeConfig
 from saerl_cli.sae import sparse
 from saerl_cli.sae.train import PARAMETERS, SaeTrainer, train_saes, training
 
-SMALL = SaeConfig(expansion=4, k=4, tokens=64 * 40, batch_size=64, buffer_tokens=64, resample=Resample.none)
-ARCHITECTURES = list(Architecture)
+SMALL = SaeConfig(expansion=4, k=4, tokens=64 * 40, batch_size=64, resample=Resample.none)
+ARCHITECTURES = [Architecture.topk, Architecture.relu]
 
 
 def data(count=40, n=64, d_in=12, directions=20, seed=0, offset=3.0):
@@ -80,7 +80,7 @@ def test_fused_adam_steps_like_the_plain_one():
 def test_l1_weighs_activations_by_free_decoder_norms():
     """d_in = 1, one feature, x = 2, f = 3, |D| = 2, l1 = 5: loss (3 * 2 - 2)^2 + 5 * 3 * 2, gradients by hand."""
     config = SaeConfig(
-        architecture=Architecture.relu, expansion=1, l1=5.0, l1_warmup=0, tokens=10, batch_size=1, buffer_tokens=1,
+        architecture=Architecture.relu, expansion=1, l1=5.0, l1_warmup=0, tokens=10, batch_size=1,
         max_grad_norm=1e9,
     )  # fmt: skip
     trainer = SaeTrainer(1, config)
@@ -96,7 +96,7 @@ def test_l1_weighs_activations_by_free_decoder_norms():
 
 
 def test_unit_norm_rows_stay_unit_and_get_no_gradient_along_themselves():
-    trainer = SaeTrainer(12, replace(SMALL, architecture=Architecture.relu_unit))
+    trainer = SaeTrainer(12, replace(SMALL, architecture=Architecture.relu, decoder_norm=DecoderNorm.unit))
     for x in data(5):
         trainer.step(x)
         assert torch.allclose(trainer.decoder.norm(dim=-1), torch.ones(48), atol=1e-6)

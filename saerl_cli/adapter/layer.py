@@ -62,7 +62,7 @@ def _moved(sae: SAE, x: Tensor, delta: Tensor, shift: Tensor) -> Tensor:
     pre = sae.pre_activations(x)  # [..., d_sae]
     moved = (1 + delta) * pre + shift
     if sae.k is None:
-        return (moved.relu() - pre.relu()) @ sae.W_dec
+        return (sae.activate(moved) - sae.activate(pre)) @ sae.W_dec
     before, after = pre.topk(sae.k, sorted=False), moved.topk(sae.k, sorted=False)  # other features may be chosen
     # Decoded apart: two equal sums cancel to the bit, one sum over both would not.
     return _decode_sparse(sae, after.values.relu(), after.indices) - _decode_sparse(
@@ -218,8 +218,8 @@ class FixedSplice(Transparent):
 def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Tensor | None) -> nn.Module:
     """A module with fixed coefficients, with no more of the SAE than it needs.
 
-    Of a ReLU SAE, features are independent, so only those with a coefficient remain (the base module itself when there
-    are none). A topk SAE needs its whole encoder to know which features are chosen, `reconstruct` all features.
+    Features of a ReLU or JumpReLU SAE are independent, so only those with a coefficient remain (the base module itself
+    when there are none). A topk SAE needs its whole encoder to know which are chosen, `reconstruct` all features.
     """
     if sae.k is not None or kind == "reconstruct":
         return FixedSplice(base, sae, kind, delta, shift)
@@ -227,8 +227,8 @@ def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Ten
     kept = changed.nonzero().flatten()
     if len(kept) == 0:
         return base
-    small = SAE(sae.d_in, len(kept)).to(sae.W_dec)
+    small = SAE(sae.d_in, len(kept), sae.architecture).to(sae.W_dec)
     rows = {"W_enc": sae.W_enc[:, kept], "b_enc": sae.b_enc[kept], "W_dec": sae.W_dec[kept], "b_dec": sae.b_dec}
-    small.load_state_dict(rows)
+    small.load_state_dict(rows if sae.threshold is None else rows | {"threshold": sae.threshold[kept]})
     small.site = sae.site
     return FixedSplice(base, small, kind, delta[kept], None if shift is None else shift[kept])

@@ -153,106 +153,16 @@ class SiteConfig:
     """Aliases POSITION.LAYER with POSITION one of mlp_out, mlp_hidden, attn_out, resid_post; globs of them;
     or module paths as the model names them."""
 
+    targets: list[str] | None = None
+    """Transcoders: the site each of `names` predicts, one for one, for instance names=[mlp_in.3] targets=[mlp_out.3];
+    empty for autoencoders."""
+
     def __post_init__(self) -> None:
         refuse_unless(len(self.names) > 0, "site.names is empty; write for instance site=mlp_out.3")
-
-
-# --- sae -------------------------------------------------------------------------------------------------------------
-
-
-class Architecture(Enum):
-    """The autoencoder and its loss."""
-
-    topk = "topk"
-    """The k largest pre-activations are kept (Gao et al. 2024)."""
-    relu = "relu"
-    """ReLU, L1 weighted by free decoder norms (Anthropic, April 2024)."""
-    relu_unit = "relu_unit"
-    """ReLU, plain L1, decoder rows held at norm 1, gradient along them removed (2023)."""
-
-
-class Resample(Enum):
-    """What happens to features that have not fired for `dead_after_tokens`."""
-
-    none = "none"
-    loss = "loss"
-    """Re-initialised at inputs drawn in proportion to their squared loss (Bricken et al. 2023)."""
-
-
-@dataclass
-class SaeConfig:
-    """One sparse autoencoder; a run trains one at every site with these settings."""
-
-    architecture: Architecture = Architecture.topk
-    """Form of the autoencoder."""
-    expansion: int | None = 8
-    """Features per input dimension, >= 1; leave empty when d_sae is given."""
-    d_sae: int | None = None
-    """Number of features; leave empty when expansion is given."""
-    k: int = 16
-    """Active features a token (topk), 1 <= k <= d_sae."""
-    l1: float = 5.0
-    """Weight of sum_i f_i |W_dec_i| against the squared error summed over dimensions, both averaged over tokens
-    (relu, relu_unit), on activations scaled to mean norm sqrt(d_in)."""
-    l1_warmup: float = 0.05
-    """Share of training over which l1 rises linearly from 0, in [0, 1]."""
-    tokens: int = 2_000_000
-    """Training tokens a SAE sees."""
-    batch_size: int = 2048
-    """Tokens an optimiser step."""
-    buffer_tokens: int = 65_536
-    """Activations shuffled together before they are served, >= batch_size."""
-    lr: float = 1e-3
-    """Peak learning rate of Adam."""
-    lr_warmup: float = 0.02
-    """Share of training with linearly rising learning rate, in [0, 1]."""
-    lr_decay: float = 0.2
-    """Share of training, at its end, with the learning rate falling linearly to 0, in [0, 1]."""
-    max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down, > 0."""
-    dead_after_tokens: int = 200_000
-    """A feature that has not fired for so many tokens is dead."""
-    resample: Resample = Resample.loss
-    """Treatment of dead features."""
-    resample_every_tokens: int = 250_000
-    """How often dead features are looked for; never in the last `lr_decay` share."""
-    seed: int = 0
-    """Seed of the initial weights and of resampling."""
-
-    def __post_init__(self) -> None:
         refuse_unless(
-            (self.expansion is None) != (self.d_sae is None),
-            "give either sae.expansion or sae.d_sae; empty the other, for instance sae.expansion=null sae.d_sae=4096",
+            self.targets is None or len(self.targets) == len(self.names),
+            f"site.targets names {len(self.targets or [])} sites for {len(self.names)} of site.names; one for each",
         )
-        refuse_unless((self.expansion or self.d_sae or 0) >= 1, "sae.expansion and sae.d_sae must be >= 1")
-        refuse_unless(self.k >= 1, f"sae.k must be >= 1, got {self.k}")
-        refuse_unless(
-            self.architecture is not Architecture.topk or self.d_sae is None or self.k <= self.d_sae,
-            f"sae.k={self.k} exceeds sae.d_sae={self.d_sae}",
-        )
-        refuse_unless(self.l1 >= 0, f"sae.l1 must be >= 0, got {self.l1}")
-        refuse_unless(self.lr > 0, f"sae.lr must be > 0, got {self.lr}")
-        refuse_unless(self.max_grad_norm > 0, f"sae.max_grad_norm must be > 0, got {self.max_grad_norm}")
-        refuse_unless(
-            1 <= self.batch_size <= self.buffer_tokens,
-            f"sae.batch_size must be between 1 and sae.buffer_tokens={self.buffer_tokens}, got {self.batch_size}",
-        )
-        refuse_unless(
-            self.tokens >= self.batch_size,
-            f"sae.tokens={self.tokens} is less than one batch of sae.batch_size={self.batch_size}",
-        )
-        for name in ("l1_warmup", "lr_warmup", "lr_decay"):
-            refuse_unless(0 <= getattr(self, name) <= 1, f"sae.{name} is a share in [0, 1], got {getattr(self, name)}")
-        refuse_unless(
-            self.dead_after_tokens >= 1 and self.resample_every_tokens >= 1,
-            "sae.dead_after_tokens and sae.resample_every_tokens must be >= 1",
-        )
-
-    def width(self, d_in: int) -> int:
-        """Number of features for an input of `d_in` dimensions; `ValueError` when k exceeds it."""
-        d_sae = self.d_sae or d_in * (self.expansion or 1)
-        refuse_unless(self.architecture is not Architecture.topk or self.k <= d_sae, f"sae.k={self.k} > d_sae={d_sae}")
-        return d_sae
 
 
 # --- adapter ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Settings of `saerl train-sae`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, SaeConfig, SiteConfig, refuse_unless
+from saerl_cli.config.activations import ActivationsConfig
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, SiteConfig, refuse_unless
+from saerl_cli.config.sae import SaeConfig
 
 
 @dataclass
 class TrainSaeConfig:
-    """Train one SAE per site from one stream of activations, and evaluate each on held-out text."""
+    """Train SAEs at one or more sites from one stream of activations, and evaluate each on held-out text."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The language model."""
@@ -15,8 +18,13 @@ class TrainSaeConfig:
     """The text it reads."""
     site: SiteConfig = field(default_factory=SiteConfig)
     """Where activations are taken."""
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    """How they are shuffled and kept."""
     sae: SaeConfig = field(default_factory=SaeConfig)
     """The autoencoder."""
+    sweep: list[Any] = field(default_factory=list)
+    """Several SAEs a site in one pass: each entry changes settings of `sae`, a list of values gives one SAE each, for
+    instance sweep=[{k:[8,16,32]},{sae:relu,l1:[2,5]}]; `sae` names a preset to begin with."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Processes."""
     eval_tokens: int = 50_000
@@ -31,3 +39,7 @@ class TrainSaeConfig:
     def __post_init__(self) -> None:
         for name in ("eval_tokens", "log_every", "checkpoint_every"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        refuse_unless(
+            self.sae.batch_size <= self.activations.buffer_tokens,
+            f"sae.batch_size={self.sae.batch_size} exceeds activations.buffer_tokens={self.activations.buffer_tokens}",
+        )

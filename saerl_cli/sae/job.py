@@ -89,7 +89,7 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
         sites,
         special_ids(loaded.tokenizer),
         config.sae.batch_size,
-        config.sae.buffer_tokens,
+        config.activations.buffer_tokens,
         config.seed,
         step,
         accelerator.process_index,

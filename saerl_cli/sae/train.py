@@ -20,7 +20,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from saerl_cli.config.groups import Architecture, Resample, SaeConfig
+from saerl_cli.config.sae import Architecture, DecoderNorm, Resample, SaeConfig
 from saerl_cli.sae import sparse
 from saerl_cli.sae.autoencoder import SAE
 
@@ -55,7 +55,7 @@ class SaeTrainer:
         self.d_in, self.d_sae = d_in, config.width(d_in)
         self.steps = config.tokens // config.batch_size
         self.step_number = 0
-        self.unit_norm = config.architecture is Architecture.relu_unit
+        self.unit_norm = config.decoder_norm is not DecoderNorm.free
         rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(config.seed)).to(device)
         rows /= rows.norm(dim=-1, keepdim=True)
         self.decoder = rows * (1.0 if self.unit_norm else FREE_NORM_START)
@@ -145,7 +145,7 @@ class SaeTrainer:
         return error, fired, active.sum(), penalty.detach()
 
     def _clip(self) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm or float("inf")))
         if norm != norm or norm == float("inf"):
             raise ValueError(f"step {self.step_number}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
         return norm
