@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "load_model": "saerl_cli.models",
     "activation_batches": "saerl_cli.activations",
-    "train_saes": "saerl_cli.sae.train",
+    "train_saes": "saerl_cli.sae.loop",
     "load_sae": "saerl_cli.sae.files",
     "SparseCoeffConfig": "saerl_cli.adapter",
     "sparse_coeffs": "saerl_cli.adapter",

@@ -217,9 +217,9 @@ def whole(tmp_path_factory, tiny_world_model):
 def test_a_crashed_run_continues_to_the_bit(tmp_path, monkeypatch, whole, after):
     """Crash right after step `after`: before and after the first checkpoint, on one, and before the evaluation."""
     broken = tmp_path
-    from saerl_cli.sae import train
+    from saerl_cli.sae import loop
 
-    real = train.training
+    real = loop.training
 
     def crashing(*arguments):
         for done, metrics in real(*arguments):
@@ -233,7 +233,7 @@ def test_a_crashed_run_continues_to_the_bit(tmp_path, monkeypatch, whole, after)
         yield
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(train, "training", crashing if after else crash_at_once)
+        patch.setattr(loop, "training", crashing if after else crash_at_once)
         job.work(tiny(), Run(broken), ACCELERATOR)
     job.work(tiny(), Run(broken), ACCELERATOR)
     assert equal(whole, broken)

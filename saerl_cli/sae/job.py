@@ -73,6 +73,7 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     """Train, save and evaluate the SAEs; returns their mean FVU."""
     from saerl_cli.activations import ActivationStream, special_ids, token_rows
     from saerl_cli.models import load_model
+    from saerl_cli.sae.forms.common import Processes
     from saerl_cli.sae.train import SaeTrainer
 
     loaded = load_model(config.model, accelerator.device)
@@ -80,8 +81,8 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     length = row_length(config.data, loaded.context_size)
     _announce(run, loaded, sites)
     rows = token_rows(documents(config.data, config.model, "train"), loaded.tokenizer, length)
-    reduce = _sum_over_processes(accelerator)
-    trainers = {site.name: SaeTrainer(site.width, config.sae, accelerator.device, reduce, site.name) for site in sites}
+    processes = Processes(accelerator.process_index, accelerator.num_processes, _sum_over_processes(accelerator))
+    trainers = {site.name: SaeTrainer(site.width, config.sae, accelerator.device, processes, site.name) for site in sites}
     step, seconds = _resume(run, trainers)
     stream = ActivationStream(
         loaded.model,
@@ -129,7 +130,7 @@ def _train(
     config: TrainSaeConfig, run: "Run", trainers: "dict[str, SaeTrainer]", stream: Any, step: int, seconds: float
 ) -> float:
     """Train to the end; returns the seconds it took, those before an interruption included."""
-    from saerl_cli.sae.train import training
+    from saerl_cli.sae.loop import training
 
     last = max(trainer.steps for trainer in trainers.values())
     began = time.monotonic() - seconds
@@ -228,7 +229,7 @@ def _evaluate(
         if run.writes:
             folder = save_sae(sae, run.path / "sae" / site.name, firing_rate)
             outputs[site.name] = {"path": f"sae/{site.name}", "sha256": sae_sha256(folder)}
-        silent = trainers[site.name].silent >= config.sae.dead_after_tokens
+        silent = trainers[site.name].firing.dead()
         summary[site.name] = {
             "site": site.name,
             "module": site.module,

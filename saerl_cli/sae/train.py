@@ -1,46 +1,56 @@
-"""Training sparse autoencoders on batches of activations.
+"""Training one sparse autoencoder, a batch of activations at a time.
 
-Inputs are scaled by s = sqrt(d_in) / mean|x|, so that hyperparameters mean the same at every site, and centred by
-starting `b_dec` at their mean. On scaled inputs, with D rows of the decoder and n tokens a batch,
-
-    topk       loss = 1/n sum |x - x^|^2                            features chosen by z_i |D_i|, norms free
-    relu       loss = 1/n sum (|x - x^|^2 + l1 sum_i f_i |D_i|)     norms free          (Anthropic, April 2024)
-    relu_unit  loss = 1/n sum (|x - x^|^2 + l1 sum_i f_i)           |D_i| = 1 always    (2023)
-
-`SaeTrainer.finish` folds s and the norms into the weights: the SAE that is saved acts on raw activations, with
-unit-norm decoder rows. Everything random is drawn from generators seeded by (seed, step), so the state of a trainer is
-its tensors alone and resuming is exact.
+Inputs are scaled by a number s, sqrt(d_in) / mean|x| by default, so that hyperparameters mean the same at every site,
+and centred by starting `b_dec` at their mean. The losses are those of `saerl_cli.sae.forms`. `SaeTrainer.finish` folds
+s and the norms into the weights: the SAE that is saved acts on raw activations, with unit-norm decoder rows.
+Everything random is drawn from generators seeded by (seed, step), so the state of a trainer is its tensors alone and
+resuming is exact.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping
 from math import sqrt
-from typing import overload
 
 import torch
 from torch import Tensor
 
-from saerl_cli.config.sae import Architecture, DecoderNorm, Resample, SaeConfig
-from saerl_cli.sae import sparse
+from saerl_cli.config.sae import (
+    L1_FAMILY,
+    Architecture,
+    Centre,
+    Controller,
+    DecoderNorm,
+    InputScale,
+    L1Unit,
+    SaeConfig,
+)
+from saerl_cli.sae import dead as revival
 from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.fold import check_shape, copy_start, folded
+from saerl_cli.sae.forms import FORMS
+from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, pre_activations
+from saerl_cli.sae.forms.topk import select_in_batch
+from saerl_cli.sae.optimizers import OPTIMIZERS
 
-PARAMETERS = ("encoder", "b_enc", "decoder", "b_dec")
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
-RESAMPLED_NORM = 0.2  # of a new encoder row, relative to the mean of those alive (Bricken et al. 2023)
-Reduce = Callable[[Tensor], Tensor]
+MEDIAN_ROUNDS = 100
+BUFFERS = ("scale", "target_scale", "offset", "variance", "factor", "l0_sum", "cut")
+COUNTERS = ("silent", "fires", "seen")
 
 
 class SaeTrainer:
-    """One SAE in training: parameters, Adam, dead-feature counters.
+    """One SAE in training: parameters, optimiser, counters.
 
-    The parameters are held a feature a row, `encoder` and `decoder` [d_sae, d_in], and act on scaled inputs.
+    The parameters are held a feature a row, `encoder` [d_sae, d_in] and `decoder` [d_sae, d_out], and act on scaled
+    inputs.
 
     Args:
         d_in: width of the activations.
-        config: settings; training takes `config.tokens // config.batch_size` steps.
+        config: settings; training takes `config.steps()` steps.
         device: where the parameters live.
-        reduce: sums a tensor over all processes; the identity for one process.
-        name: used in error messages.
+        processes: who shares each batch.
+        name: used in error messages, and the site of the SAE that comes out.
+        d_out: width of what a transcoder predicts; None for an autoencoder.
+        start: an SAE to begin with.
     """
 
     def __init__(
@@ -48,193 +58,267 @@ class SaeTrainer:
         d_in: int,
         config: SaeConfig,
         device: torch.device | str = "cpu",
-        reduce: Reduce = lambda tensor: tensor,
+        processes: Processes | None = None,
         name: str = "SAE",
+        d_out: int | None = None,
+        start: SAE | None = None,
     ):
-        self.config, self.reduce, self.name = config, reduce, name
-        self.d_in, self.d_sae = d_in, config.width(d_in)
-        self.steps = config.tokens // config.batch_size
-        self.step_number = 0
-        self.unit_norm = config.decoder_norm is not DecoderNorm.free
-        rows = torch.randn(self.d_sae, d_in, generator=torch.Generator().manual_seed(config.seed)).to(device)
-        rows /= rows.norm(dim=-1, keepdim=True)
-        self.decoder = rows * (1.0 if self.unit_norm else FREE_NORM_START)
-        self.encoder = self.decoder.clone()
-        self.b_enc = torch.zeros(self.d_sae, device=device)
-        self.b_dec = torch.zeros(d_in, device=device)
-        self.silent = torch.zeros(self.d_sae, dtype=torch.long, device=device)  # tokens since a feature last fired
+        self.config, self.name, self.processes = config, name, processes or Processes()
+        self.d_in, self.d_sae, self.d_out = d_in, config.width(d_in), d_out or d_in
+        self.transcoder = d_out is not None
+        self.start = check_shape(start, self) if start is not None else None
+        self.steps, self.step_number = config.steps(), 0
+        self.p = _initial(config, d_in, self.d_sae, d_out, device)
+        self.firing = revival.Firing(self.d_sae, config, device)
         self.scale = torch.ones((), device=device)
-        # eps far below any gradient; the fused kernel is eight times faster than the default on a CPU
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.lr, fused=True)
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
+        self.target_scale = torch.ones((), device=device)
+        self.offset = torch.zeros(d_in, device=device)  # a transcoder's inputs are centred by a constant
+        self.variance = torch.ones((), device=device)  # of the scaled targets of the first batch
+        self.factor = torch.ones((), dtype=torch.float64)  # what the controller multiplies the penalty's weight by
+        self.l0_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the steps since its last decision
+        self.cut = torch.zeros((), device=device)  # smallest z |D| that BatchTopK kept last
+        self.optimizer = OPTIMIZERS[config.optimizer](self.parameters(), config)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that step, by name; a tied encoder is the decoder, a `b_dec` that is off stays 0."""
+        fixed = {"encoder"} if self.config.tied else set()
+        fixed |= {"b_dec"} if self.config.centre is Centre.off else set()
+        return {name: tensor for name, tensor in self.p.items() if name not in fixed}
 
     def parameters(self) -> list[Tensor]:
-        """The four tensors in the order of `PARAMETERS`."""
-        return [getattr(self, name) for name in PARAMETERS]
+        """The tensors of `trainable`."""
+        return list(self.trainable().values())
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, x: Tensor, positions: Tensor | None = None, measure: bool = False) -> dict[str, float] | None:
+    def step(
+        self, x: Tensor, target: Tensor | None = None, positions: Tensor | None = None, measure: bool = False
+    ) -> dict[str, float] | None:
         """One optimiser step.
 
         Args:
             x: raw activations [n, d_in]; with several processes, this process's share of the batch.
+            target: what a transcoder predicts from them, [n, d_out].
             positions: place of each row in the whole batch of `config.batch_size`, [n]; needed with several processes.
             measure: return metrics of the batch. Training is the same with and without.
 
         Raises:
-            ValueError: the gradient is NaN or infinite.
+            ValueError: activations or gradients are NaN or infinite.
         """
-        total = int(self.reduce(torch.tensor(len(x), device=x.device)))
+        total = int(self.processes.total(torch.tensor(len(x), device=x.device)))
         x = x.float()
+        y = x if target is None else target.float()
         if self.step_number == 0:
-            self._start(x, total)
+            self._begin(x, y, total)
         x = x * self.scale
-        error, fired, active, penalty = self._backward(x, total)
-        norm = self._clip()
-        lr = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.unit_norm:
-            self.decoder /= self.decoder.norm(dim=-1, keepdim=True)
-        self.silent += total
-        self.silent[self.reduce(fired.long()) > 0] = 0
-        metrics = self._metrics(x, error, active, penalty, total, norm, lr) if measure else None
-        if self._resampling_due():
-            self._resample(x, error, positions)
+        y = x if target is None else y * self.target_scale
+        batch = self._batch(x, y, total)
+        weight = self.weight()
+        outcome = self.backward(batch, weight)
+        norm = self._clip(batch)
+        lr = self.learning_rate()
+        self.optimizer.step(lr)
+        self._constrain()
+        self.firing.update(self.processes.total(outcome.fires), total)
+        self._control(outcome, total)
+        metrics = None
+        if measure:
+            metrics = self._metrics(y, outcome, total) | {"weight": weight, "grad_norm": norm, "lr": lr}
+        if revival.due(self.config, self.step_number):
+            self._resample(batch, outcome.error, positions)
+        if outcome.cut is not None:
+            self.cut.copy_(self._cut(x, total) if self.step_number + 1 == self.steps else outcome.cut)
         self.step_number += 1
         return metrics
 
-    def _start(self, x: Tensor, total: int) -> None:
+    def _batch(self, x: Tensor, y: Tensor, total: int) -> Batch:
+        centre = self.offset if self.transcoder else self.p["b_dec"]
+        return Batch(x - centre, y, total, self.firing.dead(), self.processes)
+
+    def _begin(self, x: Tensor, y: Tensor, total: int) -> None:
         """Scale and centre from the first batch."""
-        mean_norm = self.reduce(x.norm(dim=-1).sum()) / total
-        if not mean_norm > 0:
-            raise ValueError(f"{self.name}: the activations of the first batch are all zero or not finite")
-        self.scale.copy_(sqrt(self.d_in) / mean_norm)
-        self.b_dec.copy_(self.reduce(x.sum(0)) / total * self.scale)
+        self.scale.copy_(self._scale(x, total))
+        self.target_scale.copy_(self._scale(y, total) if self.transcoder else self.scale)
+        mean = self.processes.total(y.sum(0)) / total * self.target_scale
+        squares = self.processes.total((y * self.target_scale).square().sum()) / total
+        self.variance.copy_(squares - mean.square().sum())
+        if self.transcoder:
+            self.offset.copy_(self.processes.total(x.sum(0)) / total * self.scale)
+        if self.start is not None:
+            copy_start(self.start, self)
+        elif self.config.centre is Centre.mean:
+            self.p["b_dec"].copy_(mean)
+        elif self.config.centre is Centre.median:
+            self.p["b_dec"].copy_(self._median(y * self.target_scale, mean, total))
 
-    def _backward(self, x: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Set the gradients; returns error [n, d_in], which features fired [d_sae], how often any did, the L1 term."""
-        if self.config.architecture is Architecture.topk:
-            values, indices = sparse.select(x, *self.parameters(), k=self.config.k)
-            error = sparse.reconstruct(values, indices, self.decoder, self.b_dec) - x
-            grads = sparse.gradients(x, values, indices, error, self.encoder, self.decoder, self.b_dec, total)
-            active = values > 0
-            fired = torch.zeros_like(self.silent, dtype=torch.bool)
-            fired[indices[active]] = True
-            penalty = torch.zeros((), device=x.device)
-        else:
-            with torch.enable_grad():
-                pre = torch.addmm(self.b_enc - self.b_dec @ self.encoder.T, x, self.encoder.T)  # [n, d_sae]
-                f = pre.relu()
-                error = f @ self.decoder + self.b_dec - x
-                penalty = f.sum() if self.unit_norm else f.sum(0) @ self.decoder.norm(dim=-1)
-                loss = (error.square().sum() + self._l1() * penalty) / total
-            grads = torch.autograd.grad(loss, self.parameters())
-            error, active = error.detach(), f > 0
-            fired = active.any(0)
-        for parameter, grad in zip(self.parameters(), grads, strict=True):
-            parameter.grad = self.reduce(grad)
-        if self.unit_norm:  # a step along a row would only be undone by the normalisation
-            grad = self.decoder.grad
+    def _scale(self, x: Tensor, total: int) -> Tensor | float:
+        if self.config.scale is InputScale.none:
+            return 1.0
+        rms = self.config.scale is InputScale.rms
+        size = self.processes.total((x.square() if rms else x.norm(dim=-1)).sum()) / total
+        if not (size > 0 and size.isfinite()):
+            raise ValueError(f"{self.name}: the activations of the first batch are all zero, NaN or infinite")
+        return size.rsqrt() if rms else sqrt(x.shape[-1]) / size
+
+    def _median(self, y: Tensor, guess: Tensor, total: int) -> Tensor:
+        """Geometric median of all rows [n, d] (Weiszfeld's iteration)."""
+        for _ in range(MEDIAN_ROUNDS):
+            weights = 1 / (y - guess).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            guess = self.processes.total((y * weights).sum(0)) / self.processes.total(weights.sum())
+        return guess
+
+    def backward(self, batch: Batch, weight: float) -> Outcome:
+        """Set the gradients of all trainable parameters, summed over processes.
+
+        Args:
+            batch: scaled and centred.
+            weight: of the sparsity penalty.
+        """
+        outcome = FORMS[self.config.architecture](self.p, batch, self.config, weight)
+        gradients = outcome.gradients
+        if not self.transcoder:  # b_dec is subtracted from the inputs: one matrix-vector product over the batch's sum
+            gradients["b_dec"] = gradients["b_dec"] - outcome.into_encoder @ self.p["encoder"]
+        if self.config.tied:
+            gradients["decoder"] = gradients["decoder"] + gradients["encoder"]
+        for name, parameter in self.trainable().items():
+            parameter.grad = self.processes.total(gradients[name])
+        if self.config.decoder_norm is DecoderNorm.unit:  # a step along a row would only be undone
+            grad, rows = self.p["decoder"].grad, self.p["decoder"]
             assert grad is not None
-            grad -= (grad * self.decoder).sum(-1, keepdim=True) * self.decoder
-        return error, fired, active.sum(), penalty.detach()
+            grad -= (grad * rows).sum(-1, keepdim=True) * rows
+        return outcome
 
-    def _clip(self) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm or float("inf")))
-        if norm != norm or norm == float("inf"):
-            raise ValueError(f"step {self.step_number}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
-        return norm
+    def _constrain(self) -> None:
+        if self.config.decoder_norm is not DecoderNorm.free:
+            self.p["decoder"] /= self.p["decoder"].norm(dim=-1, keepdim=True)
+        if "threshold" in self.p:
+            self.p["threshold"].clamp_(min=0)
 
-    def _learning_rate(self) -> float:
+    def _clip(self, batch: Batch) -> float:
+        limit = self.config.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), float("inf") if limit is None else limit))
+        if norm == norm and norm != float("inf"):
+            return norm
+        if not (batch.x.isfinite().all() and batch.y.isfinite().all()):
+            raise ValueError(f"step {self.step_number}: activations at {self.name} are NaN or infinite")
+        raise ValueError(f"step {self.step_number}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
+
+    def _cut(self, x: Tensor, total: int) -> Tensor:
+        """The threshold that the final weights need to keep k a token on this batch."""
+        norm = self.p["decoder"].norm(dim=-1)
+        batch = self._batch(x, x, total)
+        scores = pre_activations(self.p, batch.x, self.config.encoder_dtype, norm)
+        return select_in_batch(scores, self.config.k * total, self.processes)[1]
+
+    # --- schedules ---------------------------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """Of the coming step: up linearly, constant, down linearly to 0."""
         done, rest = self.step_number + 1, self.steps - self.step_number
-        rise = done / max(self.config.lr_warmup * self.steps, 1)
-        fall = rest / max(self.config.lr_decay * self.steps, 1)
+        rise = done / max(self.config.in_steps(self.config.lr_warmup), 1)
+        fall = rest / max(self.config.in_steps(self.config.lr_decay), 1)
         return self.config.lr * max(0.0, min(1.0, rise, fall))
 
-    def _l1(self) -> float:
-        return self.config.l1 * min(1.0, (self.step_number + 1) / max(self.config.l1_warmup * self.steps, 1))
+    def weight(self) -> float:
+        """Of the sparsity penalty in the coming step."""
+        config = self.config
+        if config.architecture in L1_FAMILY:
+            peak = canonical_l1(config, self.d_out, float(self.variance))
+        else:
+            peak = config.l0 if config.architecture is Architecture.jumprelu else 0.0
+        rise = (self.step_number + 1) / max(config.in_steps(config.l1_warmup), 1)
+        return peak * min(1.0, rise) * float(self.factor)
 
-    def _metrics(
-        self, x: Tensor, error: Tensor, active: Tensor, penalty: Tensor, total: int, norm: float, lr: float
-    ) -> dict[str, float]:
+    def _control(self, outcome: Outcome, total: int) -> None:
+        """Raise or lower the penalty's weight by the mean L0 since the last decision (2023 recipe)."""
+        config = self.config
+        if config.controller is Controller.fixed:
+            return
+        self.l0_sum += self.processes.total(outcome.fires.sum()) / total
+        done = self.step_number + 1
+        if done % config.control_every:
+            return
+        off = float(self.l0_sum) / config.control_every - (config.target_l0 or 0)
+        self.l0_sum.zero_()
+        if done * config.batch_size > config.control_after_tokens and abs(off) > config.control_band:
+            self.factor *= config.control_factor if off > 0 else 2 - config.control_factor
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def _metrics(self, y: Tensor, outcome: Outcome, total: int) -> dict[str, float]:
         """Of this batch, over all processes; the error and the variance are those of the batch."""
-        x64 = x.double()
-        parts = torch.stack([error.double().square().sum(), x64.square().sum(), active.double(), penalty.double()])
-        squared_error, squared, active_total, l1_total = self.reduce(parts).tolist()
-        variance = squared - float(self.reduce(x64.sum(0)).square().sum()) / total
+        y64, fired = y.double(), outcome.fires.sum().double()
+        parts = torch.stack(
+            [outcome.error.double().square().sum(), y64.square().sum(), fired, outcome.penalty.double()]
+        )
+        squared_error, squared, active, penalty = self.processes.total(parts).tolist()
+        variance = squared - float(self.processes.total(y64.sum(0)).square().sum()) / total
         return {
             "fvu": squared_error / max(variance, 1e-30),
-            "l0": active_total / total,
-            "l1": l1_total / total,
-            "dead": float((self.silent >= self.config.dead_after_tokens).sum()) / self.d_sae,
-            "grad_norm": norm,
-            "lr": lr,
+            "l0": active / total,
+            "penalty": penalty / total,
+            "dead": float(self.firing.dead().double().mean()),
         }
 
     # --- dead features -----------------------------------------------------------------------------------------------
 
-    def _resampling_due(self) -> bool:
-        config, done = self.config, self.step_number + 1
-        before, after = ((n * config.batch_size) // config.resample_every_tokens for n in (done - 1, done))
-        return config.resample is Resample.loss and after > before and done <= (1 - config.lr_decay) * self.steps
-
-    @torch.no_grad()
-    def _resample(self, x: Tensor, error: Tensor, positions: Tensor | None) -> None:
-        """Point dead features at inputs drawn with probability proportional to the squared loss (Bricken et al. 2023).
-
-        A dead feature's decoder row becomes a centred, normalised input, its encoder row the same at a fraction of the
-        mean norm of those alive, its bias 0, and Adam forgets it. No other feature changes.
-        """
-        dead = (self.silent >= self.config.dead_after_tokens).nonzero()[:, 0]
+    def _resample(self, batch: Batch, error: Tensor, positions: Tensor | None) -> None:
+        """Replace dead features; no other feature changes, and the optimiser forgets the replaced ones."""
+        rare = self.firing.rare()
+        dead = rare.nonzero()[:, 0]
         if len(dead) == 0:
+            self.firing.looked(dead)
             return
+        x, y, loss = batch.x, batch.y - self.p["b_dec"], error.square().sum(-1)
         if positions is not None:  # the batch of all processes, in the order that one process sees
-            whole = x.new_zeros(2, self.config.batch_size, self.d_in)
-            whole[:, positions] = torch.stack([x, error])
-            x, error = self.reduce(whole)
-        loss = error.square().sum(-1)
-        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + self.step_number)
-        weights = loss.square().double().cpu()
-        drawn = torch.multinomial(weights, len(dead), replacement=len(dead) > len(x), generator=generator)
-        rows = x[drawn.to(x.device)] - self.b_dec
-        rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        alive = self.silent < self.config.dead_after_tokens
-        if alive.any():
-            decoder_norm, encoder_norm = (m[alive].norm(dim=-1).mean() for m in (self.decoder, self.encoder))
-        else:
-            decoder_norm = encoder_norm = torch.tensor(1.0 if self.unit_norm else FREE_NORM_START)
-        self.decoder[dead] = rows * (1.0 if self.unit_norm else decoder_norm)
-        self.encoder[dead] = rows * encoder_norm * RESAMPLED_NORM
-        self.b_enc[dead] = 0
-        for parameter in self.parameters()[:3]:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[parameter][moment][dead] = 0
-        self.silent[dead] = 0
+            x, y, loss = (self._whole(part, positions) for part in (x, y, loss))
+        rows = revival.replacements(self.config, self.p, dead, ~rare, x, y, loss, self.step_number)
+        for name, parameter in self.trainable().items():
+            if name in rows:
+                parameter[dead] = rows[name]
+                for moment in self.optimizer.state[parameter].values():
+                    if moment.ndim:
+                        moment[dead] = rows[name] if self._is_iterate(moment, parameter) else 0
+        self.firing.looked(dead)
+
+    def _is_iterate(self, moment: Tensor, parameter: Tensor) -> bool:
+        """Whether an optimiser's tensor is a copy of the parameter and no moment of its gradient."""
+        return any(moment is value for name, value in self.optimizer.state[parameter].items() if name == "z")
+
+    def _whole(self, share: Tensor, positions: Tensor) -> Tensor:
+        whole = share.new_zeros(self.config.batch_size, *share.shape[1:])
+        whole[positions] = share
+        return self.processes.total(whole)
 
     # --- state and result --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a resumed trainer needs."""
-        tensors = {name: getattr(self, name).detach() for name in (*PARAMETERS, "silent", "scale")}
+        tensors = {name: tensor.detach() for name, tensor in self.p.items()}
+        tensors |= {name: getattr(self, name) for name in BUFFERS}
+        tensors |= {name: getattr(self.firing, name) for name in COUNTERS}
         tensors["step"] = torch.tensor(self.step_number)
-        for name, parameter in zip(PARAMETERS, self.parameters(), strict=True):
+        for name, parameter in self.trainable().items():
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
+                tensors[f"optimizer.{name}.{key}"] = value
+        if self.config.tied:  # one tensor under two names is written once
+            del tensors["encoder"]
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from `state()`, to the bit."""
-        for name in (*PARAMETERS, "silent", "scale"):
+        for name, tensor in self.p.items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
+        for name in BUFFERS:
             getattr(self, name).copy_(tensors[name])
+        for name in COUNTERS:
+            getattr(self.firing, name).copy_(tensors[name])
         self.step_number = int(tensors["step"])
-        for name, parameter in zip(PARAMETERS, self.parameters(), strict=True):
-            prefix = f"adam.{name}."
+        for name, parameter in self.trainable().items():
+            prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
                 key.removeprefix(prefix): value.clone().to(parameter.device if value.ndim else "cpu")
                 for key, value in tensors.items()
@@ -243,80 +327,40 @@ class SaeTrainer:
 
     @torch.no_grad()
     def finish(self) -> SAE:
-        """The SAE for raw activations: scale and decoder norms folded into the weights."""
-        topk = self.config.architecture is Architecture.topk
-        sae = SAE(self.d_in, self.d_sae, "topk" if topk else "standard", self.config.k if topk else None)
-        norm = self.decoder.norm(dim=-1).clamp_min(1e-12)  # [d_sae]
-        # f_raw = f |D| / s, because x^ = (f D + b_dec) / s; the scale cancels in the encoder.
-        sae.W_enc.copy_((self.encoder * norm[:, None]).T)
-        sae.b_enc.copy_(self.b_enc * norm / self.scale)
-        sae.W_dec.copy_(self.decoder / norm[:, None])
-        sae.b_dec.copy_(self.b_dec / self.scale)
-        sae.site = self.name
-        return sae
+        """The SAE for raw activations: scales and decoder norms folded into the weights."""
+        trainable = self.trainable()
+        p = {n: self.optimizer.result(trainable[n]) if n in trainable else t for n, t in self.p.items()}
+        if self.config.tied:
+            p["encoder"] = p["decoder"]
+        return folded(p, self)
 
 
-Batch = Tensor | Mapping[str, Tensor]
+def canonical_l1(config: SaeConfig, d_in: int, variance: float) -> float:
+    """`config.l1` for a squared error summed over dimensions and an L1 summed over features, averaged over tokens."""
+    factors = {
+        L1Unit.canonical: 1.0,
+        L1Unit.mean_over_dims: float(d_in),
+        L1Unit.batch_sum: float(config.batch_size),
+        L1Unit.fvu: variance,
+    }
+    return config.l1 * factors[config.l1_unit]
 
 
-def training(
-    batches: Iterable[Batch], trainers: Mapping[str, SaeTrainer], log_every: int = 100
-) -> Iterator[tuple[int, dict[str, dict[str, float]] | None]]:
-    """Train on every batch until the longest trainer is done; yields (steps done, metrics or None) after each step.
+def _initial(config: SaeConfig, d_in: int, d_sae: int, d_out: int | None, device: torch.device | str) -> Parameters:
+    """Random directions; an autoencoder's encoder starts as its decoder."""
+    generator = torch.Generator().manual_seed(config.seed)
+    norm = config.decoder_start or (FREE_NORM_START if config.decoder_norm is DecoderNorm.free else 1.0)
 
-    Args:
-        batches: tensors [n, d_in] for all trainers, or a dict of them by trainer name.
-        trainers: by name; those that are done already are left alone.
-        log_every: metrics are measured on the first, every `log_every`-th and the last step.
+    def directions(width: int) -> Tensor:
+        rows = torch.randn(d_sae, width, generator=generator).to(device)
+        return rows * (norm / rows.norm(dim=-1, keepdim=True))
 
-    Raises:
-        ValueError: the batches end too early.
-    """
-    last = max(trainer.steps for trainer in trainers.values())
-    first = min(trainer.step_number for trainer in trainers.values())
-    done = first
-    for batch in islice(batches, last - first):
-        measure = done == 0 or (done + 1) % log_every == 0 or done + 1 == last
-        metrics = {}
-        for name, trainer in trainers.items():
-            if trainer.step_number < trainer.steps:
-                x = batch if isinstance(batch, Tensor) else batch[name]
-                metrics[name] = trainer.step(x, getattr(batches, "positions", None), measure)
-        done += 1
-        yield done, metrics if measure else None
-    if done < last:
-        raise ValueError(f"the activations ended after {done} of {last} batches; lower sae.tokens or give more text")
-
-
-@overload
-def train_saes(batches: Iterable[Batch], configs: Sequence[SaeConfig]) -> list[SAE]: ...
-@overload
-def train_saes(batches: Iterable[Batch], configs: Mapping[str, SaeConfig]) -> dict[str, SAE]: ...
-def train_saes(
-    batches: Iterable[Batch], configs: Sequence[SaeConfig] | Mapping[str, SaeConfig]
-) -> list[SAE] | dict[str, SAE]:
-    """Train several SAEs in one pass over activations.
-
-    Args:
-        batches: any iterable of activations [n, d_in] (all SAEs see the same) or of dicts site -> [n, d_in].
-        configs: a list of settings, or settings by site.
-
-    Returns:
-        SAEs for raw activations: a list, or a dict by site, as `configs`.
-    """
-    named = dict(configs) if isinstance(configs, Mapping) else {str(i): c for i, c in enumerate(configs)}
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError("there are no activations to train on")
-
-    def rest() -> Iterator[Batch]:
-        yield first
-        yield from iterator
-
-    widths = {name: (first if isinstance(first, Tensor) else first[name]).shape[-1] for name in named}
-    trainers = {name: SaeTrainer(widths[name], config, name=name) for name, config in named.items()}
-    for _ in training(rest(), trainers, log_every=10**9):
-        pass
-    finished = {name: trainer.finish() for name, trainer in trainers.items()}
-    return finished if isinstance(configs, Mapping) else list(finished.values())
+    decoder = directions(d_out or d_in)
+    encoder = directions(d_in) if d_out else decoder if config.tied else decoder.clone()
+    zeros = torch.zeros(d_sae, device=device)
+    p = {"encoder": encoder, "b_enc": zeros, "decoder": decoder, "b_dec": torch.zeros(d_out or d_in, device=device)}
+    if config.architecture is Architecture.jumprelu:
+        p["threshold"] = torch.full_like(zeros, config.theta)
+    if config.architecture is Architecture.gated:
+        p |= {"r_mag": zeros.clone(), "b_mag": zeros.clone()}
+    return p
