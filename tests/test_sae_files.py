@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saerl_cli.sae.autoencoder import SAE
-from saerl_cli.sae.files import check_sae, find_saes, load_sae, read_sae_config, sae_sha256, save_sae
+from saerl_cli.sae.files import (
+    check_sae,
+    find_saes,
+    is_transcoder,
+    load_sae,
+    read_sae_config,
+    sae_sha256,
+    save_sae,
+)
 
 ROOT = Path(__file__).parents[1]
 
 
-def make(architecture="topk", k=3, site="mlp_out.1", d_in=6, d_sae=16) -> SAE:
+def make(architecture="topk", k=3, site="mlp_out.1", d_in=6, d_sae=16, d_out=None) -> SAE:
     g = torch.Generator().manual_seed(0)
-    sae = SAE(d_in, d_sae, architecture, k if architecture == "topk" else None)
+    sae = SAE(d_in, d_sae, architecture, k if architecture == "topk" else None, d_out)
     for parameter in sae.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=g))
+    if sae.threshold is not None:
+        sae.threshold.copy_(torch.linspace(-0.2, 1.5, d_sae))
     sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
     sae.site = site
     hook = {"hook_name": "blocks.1.hook_mlp_out", "hf_hook_name": "gpt_neox.layers.1.mlp", "prepend_bos": True}
@@ -28,7 +39,7 @@ def make(architecture="topk", k=3, site="mlp_out.1", d_in=6, d_sae=16) -> SAE:
     return sae
 
 
-@pytest.fixture(params=["topk", "standard"])
+@pytest.fixture(params=["topk", "standard", "jumprelu"])
 def folder(request, tmp_path):
     return save_sae(make(request.param), tmp_path / "mlp_out.1", torch.rand(16))
 
@@ -36,6 +47,7 @@ def folder(request, tmp_path):
 def test_what_is_saved_is_loaded(folder):
     architecture = read_sae_config(folder)["architecture"]
     loaded, original, x = load_sae(folder), make(architecture), torch.randn(20, 6)
+    assert loaded.state_dict().keys() == original.state_dict().keys()
     assert torch.equal(loaded(x), original(x))
     assert (loaded.site, loaded.k, loaded.metadata["saerl"]) == ("mlp_out.1", original.k, original.metadata["saerl"])
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -45,6 +57,51 @@ def test_what_is_saved_is_loaded(folder):
         "sparsity.safetensors",
     ]
     check_sae(folder, model_sha256="a" * 64, width=6)
+
+
+NAMES = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder", "topk": "topk_transcoder"}
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_transcoders_keep_their_two_widths_and_sites(architecture, tmp_path):
+    sae = make(architecture, d_out=4)
+    sae.metadata["saerl"] |= {"site": "mlp_in.1"}
+    sae.site, sae.target = "mlp_in.1", "mlp_out.1"
+    folder = save_sae(sae, tmp_path / "x")
+    config = check_sae(folder, width=6)
+    assert config["architecture"] == NAMES[architecture]
+    assert is_transcoder(config)
+    assert (config["d_out"], config["apply_b_dec_to_input"]) == (4, False)
+    assert config["metadata"]["saerl"]["target"] == "mlp_out.1"
+    assert config["metadata"]["hook_name_out"] == "blocks.1.hook_mlp_out"
+    loaded, x = load_sae(folder), torch.randn(20, 6)
+    assert (loaded.site, loaded.target, loaded.transcoder) == ("mlp_in.1", "mlp_out.1", True)
+    assert torch.equal(loaded(x), sae(x))
+    assert loaded(x).shape == (20, 4)
+    assert find_saes(folder) == {"mlp_in.1": folder}
+
+
+def test_a_site_is_enough_for_saelens_to_find_its_hooks(tmp_path):
+    sae = make(d_out=6)
+    sae.site, sae.target, sae.metadata = "mlp_in.3", "mlp_out.3", {"hook_name": "mine"}
+    metadata = read_sae_config(save_sae(sae, tmp_path / "x"))["metadata"]
+    assert metadata["hook_name"] == "mine"  # what is given is not overwritten
+    assert metadata["hook_name_out"] == "blocks.3.hook_mlp_out"
+    assert metadata["saerl"] == {"site": "mlp_in.3", "target": "mlp_out.3"}
+
+
+class Choice(Enum):
+    one = "first"
+
+
+def test_training_settings_are_kept_whatever_they_are(tmp_path):
+    sae = make()
+    settings = {"architecture": Choice.one, 3: (1, 2), "k": None, "path": Path("a"), "deep": {Choice.one: [True, 0.5]}}
+    sae.metadata["saerl"] |= {"training": settings}
+    kept = load_sae(save_sae(sae, tmp_path / "x")).metadata["saerl"]["training"]
+    plain = {"architecture": "first", "3": [1, 2], "k": None, "path": "a", "deep": {"first": [True, 0.5]}}
+    assert kept == plain
+    assert sae.metadata["saerl"]["training"] is settings
 
 
 def test_activations_by_hand():
@@ -110,6 +167,22 @@ def spoil(name, value):
     return damage
 
 
+def add(name):
+    def damage(folder):
+        path = folder / "sae_weights.safetensors"
+        save_file(load_file(path) | {name: torch.zeros(6, 6)}, path)
+
+    return damage
+
+
+def drop(name):
+    def damage(folder):
+        path = folder / "sae_weights.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if key != name}, path)
+
+    return damage
+
+
 def edit(**keys):
     def damage(folder):
         path = folder / "cfg.json"
@@ -131,7 +204,15 @@ REFUSALS = {
     "no sizes": (lambda f: (f / "cfg.json").write_text('{"architecture": "topk"}'), {}, "malformed"),
     "nan": (spoil("W_dec", nan), {}, "W_dec contains NaN or infinite"),
     "shape": (spoil("b_enc", lambda t: t[:-1].clone()), {}, r"b_enc has shape \[15\]"),
-    "unknown kind": (edit(architecture="gated"), {}, "'gated' is not supported"),
+    "unknown kind": (edit(architecture="temporal"), {}, "'temporal' is not supported"),
+    "not an object": (lambda f: (f / "cfg.json").write_text("[1]"), {}, "malformed"),
+    "no threshold": (edit(architecture="jumprelu"), {}, "lacks threshold"),
+    "no k": (edit(architecture="topk", k=None), {}, "needs an integer k"),
+    "large k": (edit(architecture="topk", k=17), {}, "k must be between 1 and d_sae=16, got 17"),
+    "no d_out": (edit(architecture="transcoder"), {}, "malformed: KeyError"),
+    "size of nothing": (edit(d_sae=0), {}, "d_sae and d_out are numbers >= 1"),
+    "skip connection": (add("W_skip"), {}, "holds W_skip"),
+    "lacking": (drop("b_dec"), {}, "lacks b_dec"),
     "unfolded": (edit(normalize_activations="layer_norm"), {}, "normalize_activations='layer_norm' is not supported"),
     "other width": (lambda f: None, {"width": 512}, "d_in=6, but the site has width 512"),
     "other model": (lambda f: None, {"model_sha256": "b" * 64}, "was trained on other weights"),
@@ -139,7 +220,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_unusable_saes_are_refused_in_one_line(folder, name):
+def test_unusable_saes_are_refused_in_one_line(tmp_path, name):
+    folder = save_sae(make("standard"), tmp_path / "mlp_out.1")
     damage, arguments, message = REFUSALS[name]
     damage(folder)
     with pytest.raises(ValueError, match=message) as error:
