@@ -82,7 +82,9 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     _announce(run, loaded, sites)
     rows = token_rows(documents(config.data, config.model, "train"), loaded.tokenizer, length)
     processes = Processes(accelerator.process_index, accelerator.num_processes, _sum_over_processes(accelerator))
-    trainers = {site.name: SaeTrainer(site.width, config.sae, accelerator.device, processes, site.name) for site in sites}
+    trainers = {
+        site.name: SaeTrainer(site.width, config.sae, accelerator.device, processes, site.name) for site in sites
+    }
     step, seconds = _resume(run, trainers)
     stream = ActivationStream(
         loaded.model,

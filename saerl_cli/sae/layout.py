@@ -54,7 +54,7 @@ class Dense:
 
     def take(self, dense: Tensor) -> Tensor:
         """The matrix itself."""
-        return dense
+        return full_precision(dense)
 
     def at(self, per_feature: Tensor) -> Tensor:
         """Broadcast over tokens."""
@@ -102,8 +102,8 @@ class Sparse:
         return self.feature.argsort(stable=True), count.cumsum(0) - count
 
     def take(self, dense: Tensor) -> Tensor:
-        """One number a pair, in float32."""
-        return dense.reshape(-1).index_select(0, self.token * self.d_sae + self.feature).float()
+        """One number a pair."""
+        return full_precision(dense.reshape(-1).index_select(0, self.token * self.d_sae + self.feature))
 
     def at(self, per_feature: Tensor) -> Tensor:
         """One number a pair."""
@@ -126,11 +126,16 @@ class Sparse:
 
     def sum(self, values: Tensor) -> Tensor:
         """In the order of the transposed lists, so that it is the same sum every time."""
-        return self.by_feature(values, torch.ones(self.tokens, 1, device=values.device))[:, 0]
+        return self.by_feature(values, values.new_ones(self.tokens, 1))[:, 0]
 
     def count(self, condition: Tensor) -> Tensor:
         """Occurrences of a feature among the pairs at which the condition holds."""
         return torch.bincount(self.feature[condition], minlength=self.d_sae)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """What a bfloat16 product gave, in float32; other precisions as they are."""
+    return values.float() if values.dtype is torch.bfloat16 else values
 
 
 def rows_of(indices: Tensor, d_sae: int) -> Sparse:

@@ -33,7 +33,8 @@ from saerl_cli.sae.optimizers import OPTIMIZERS
 
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
 MEDIAN_ROUNDS = 100
-BUFFERS = ("scale", "target_scale", "offset", "variance", "factor", "l0_sum", "cut")
+APPROACHING = 0.01  # share by which L0 must have moved towards its target for the controller to wait
+BUFFERS = ("scale", "target_scale", "offset", "variance", "factor", "l0_sum", "l0_last", "cut")
 COUNTERS = ("silent", "fires", "seen")
 
 
@@ -76,6 +77,7 @@ class SaeTrainer:
         self.variance = torch.ones((), device=device)  # of the scaled targets of the first batch
         self.factor = torch.ones((), dtype=torch.float64)  # what the controller multiplies the penalty's weight by
         self.l0_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the steps since its last decision
+        self.l0_last = torch.zeros((), dtype=torch.float64)  # its mean at that decision
         self.cut = torch.zeros((), device=device)  # smallest z |D| that BatchTopK kept last
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters(), config)
 
@@ -152,9 +154,9 @@ class SaeTrainer:
         elif self.config.centre is Centre.median:
             self.p["b_dec"].copy_(self._median(y * self.target_scale, mean, total))
 
-    def _scale(self, x: Tensor, total: int) -> Tensor | float:
+    def _scale(self, x: Tensor, total: int) -> Tensor:
         if self.config.scale is InputScale.none:
-            return 1.0
+            return torch.ones_like(self.scale)
         rms = self.config.scale is InputScale.rms
         size = self.processes.total((x.square() if rms else x.norm(dim=-1)).sum()) / total
         if not (size > 0 and size.isfinite()):
@@ -231,7 +233,10 @@ class SaeTrainer:
         return peak * min(1.0, rise) * float(self.factor)
 
     def _control(self, outcome: Outcome, total: int) -> None:
-        """Raise or lower the penalty's weight by the mean L0 since the last decision (2023 recipe)."""
+        """Raise or lower the penalty's weight by the mean L0 since the last decision (2023 recipe).
+
+        Unlike that recipe it waits while L0 is already on its way, without which the weight grows without bound.
+        """
         config = self.config
         if config.controller is Controller.fixed:
             return
@@ -239,9 +244,13 @@ class SaeTrainer:
         done = self.step_number + 1
         if done % config.control_every:
             return
-        off = float(self.l0_sum) / config.control_every - (config.target_l0 or 0)
+        l0, last = float(self.l0_sum) / config.control_every, float(self.l0_last)
         self.l0_sum.zero_()
-        if done * config.batch_size > config.control_after_tokens and abs(off) > config.control_band:
+        self.l0_last.fill_(l0)
+        off = l0 - (config.target_l0 or 0)
+        approaching = (last - l0 if off > 0 else l0 - last) > APPROACHING * last and last > 0
+        acting = done * config.batch_size > config.control_after_tokens and not approaching
+        if acting and abs(off) > config.control_band:
             self.factor *= config.control_factor if off > 0 else 2 - config.control_factor
 
     # --- metrics -----------------------------------------------------------------------------------------------------

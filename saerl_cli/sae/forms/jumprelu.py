@@ -12,7 +12,6 @@ of active features of token t and L0* the target:
     tanh       sum_t sum_i tanh(c f_i |D_i|)    quadratic   sum_t (L0_t / L0* - 1)^2
 """
 
-import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import DecoderNorm, Penalty, SaeConfig
@@ -25,7 +24,7 @@ from saerl_cli.sae.forms.common import (
     linear_gradients,
     pre_activations,
 )
-from saerl_cli.sae.layout import Layout, fitting
+from saerl_cli.sae.layout import Layout, fitting, full_precision
 
 
 def jumprelu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
@@ -63,10 +62,10 @@ def firing_costs(
     if config.penalty is Penalty.tanh:
         size = config.tanh_scale * layout.at(norm)
         bent = (size * f).tanh()
-        slope = (1 - bent.square()) * on * share
+        slope = (1 - bent.square()) * share
         return 0.0, slope * size, layout.sum(slope * config.tanh_scale * f), bent.sum()
-    ones = torch.ones(len(norm), 1, device=norm.device)
-    active = layout.decode(on.float(), ones)[:, 0]  # [n]
+    ones = norm.new_ones(len(norm), 1)
+    active = layout.decode(on.to(norm.dtype), ones)[:, 0]  # [n]
     if config.penalty is Penalty.step:
         return share, 0.0, None, active.sum()
     aim = float(config.target_l0 or 1)
@@ -84,12 +83,14 @@ def wake(p: Parameters, batch: Batch, config: SaeConfig, pre: Tensor, norm: Tens
         What it adds to the sum of d loss / d z, [d_sae].
     """
     dead = batch.dead.nonzero()[:, 0]
-    below = p["threshold"][dead] - pre[:, dead].float()  # [n, dead]
+    below = p["threshold"][dead] - full_precision(pre[:, dead])  # [n, dead]
     share = config.preact / batch.tokens
     d_below = (below > 0) * (norm[dead] * share)
     into = norm.new_zeros(norm.shape).index_copy_(0, dead, -d_below.sum(0))
     more = {
-        "encoder": gradients["encoder"].new_zeros(gradients["encoder"].shape).index_copy_(0, dead, -d_below.T @ batch.x),
+        "encoder": gradients["encoder"]
+        .new_zeros(gradients["encoder"].shape)
+        .index_copy_(0, dead, -d_below.T @ batch.x),
         "b_enc": into,
         "threshold": -into,
     }

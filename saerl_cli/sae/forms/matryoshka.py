@@ -21,10 +21,12 @@ def matryoshka(p: Parameters, batch: Batch, config: SaeConfig, weight: float) ->
     tokens, cut = select_in_batch(scores, config.k * batch.tokens, batch.processes)
     bags, groups = by_group(tokens, config.prefixes)
     values = tokens.take(scores).relu() / tokens.at(norm.clamp_min(1e-12))
-    parts = bags.decode(values, p["decoder"]).view(tokens.tokens, groups, -1)
+    parts = bags.decode(values, p["decoder"]).view(tokens.tokens, groups, batch.y.shape[1])
     errors = parts.cumsum(1) + (p["b_dec"] - batch.y)[:, None]  # [n, groups, d_out]
     each = errors * (2 / batch.tokens)
-    g = each.flip(1).cumsum(1).flip(1).reshape(tokens.tokens * groups, -1)  # of this prefix and all longer ones
+    g = (
+        each.flip(1).cumsum(1).flip(1).reshape(tokens.tokens * groups, batch.y.shape[1])
+    )  # of this prefix and all longer ones
     d_values = bags.dot(g, p["decoder"]) * (values > 0)
     into = tokens.sum(d_values)
     gradients = {

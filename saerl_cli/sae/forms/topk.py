@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, add, linear_gradients, pre_activations
-from saerl_cli.sae.layout import Dense, Layout, Sparse, rows_of, where
+from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of, where
 
 SAMPLE_ROWS = 256
 """Tokens from which the first guess of a batch's threshold is made."""
@@ -64,7 +64,7 @@ def select_in_batch(scores: Tensor, wanted: int, processes: Processes) -> tuple[
         everyone = found
     everyone = everyone[everyone > 0]
     if len(everyone) == 0:
-        return candidates, scores.new_zeros((), dtype=torch.float32)
+        return candidates, full_precision(scores.new_zeros(()))
     threshold = everyone.topk(min(wanted, len(everyone)), sorted=False).values.min()
     kept = found >= threshold
     layout = Sparse(candidates.token[kept], candidates.feature[kept], candidates.tokens, candidates.d_sae)
@@ -114,7 +114,7 @@ def auxiliary(
     latents = min(config.auxk_latents or max(1, batch.x.shape[1] // 2), len(dead))
     scaled = scores[:, dead]  # [n, dead]
     best = scaled.topk(latents, dim=-1, sorted=False).indices
-    layout, values = chosen(scaled.float() / norm[dead].clamp_min(1e-12), best)
+    layout, values = chosen(full_precision(scaled) / norm[dead].clamp_min(1e-12), best)
     decoder = p["decoder"][dead]
     share = variance(batch.y, batch) / variance(error, batch).clamp_min(1e-30)
     rest = error + layout.decode(values, decoder)  # -(r - r^), [n, d_out]
