@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.layout import Scratch
 from saerl_cli.sae.train import SaeTrainer
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -80,8 +81,9 @@ def train_saes(
         yield from iterator
 
     inputs = {name: first if isinstance(first, Tensor) else first[name] for name in named}
+    scratch = Scratch()
     trainers = {
-        name: SaeTrainer(inputs[name].shape[-1], config, inputs[name].device, name=name)
+        name: SaeTrainer(inputs[name].shape[-1], config, inputs[name].device, name=name, scratch=scratch)
         for name, config in named.items()
     }
     for _ in training(rest(), trainers, log_every=10**9):

@@ -29,6 +29,7 @@ from saerl_cli.sae.fold import check_shape, copy_start, folded
 from saerl_cli.sae.forms import FORMS
 from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, pre_activations
 from saerl_cli.sae.forms.topk import select_in_batch
+from saerl_cli.sae.layout import Scratch
 from saerl_cli.sae.optimizers import OPTIMIZERS
 
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
@@ -52,6 +53,7 @@ class SaeTrainer:
         name: used in error messages, and the site of the SAE that comes out.
         d_out: width of what a transcoder predicts; None for an autoencoder.
         start: an SAE to begin with.
+        scratch: memory to share with trainers that take turns with this one.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class SaeTrainer:
         name: str = "SAE",
         d_out: int | None = None,
         start: SAE | None = None,
+        scratch: Scratch | None = None,
     ):
         self.config, self.name, self.processes = config, name, processes or Processes()
+        self.scratch = scratch or Scratch()
         self.d_in, self.d_sae, self.d_out = d_in, config.width(d_in), d_out or d_in
         self.transcoder = d_out is not None
         self.start = check_shape(start, self) if start is not None else None
@@ -136,7 +140,7 @@ class SaeTrainer:
 
     def _batch(self, x: Tensor, y: Tensor, total: int) -> Batch:
         centre = self.offset if self.transcoder else self.p["b_dec"]
-        return Batch(x - centre, y, total, self.firing.dead(), self.processes)
+        return Batch(x - centre, y, total, self.firing.dead(), self.processes, self.scratch)
 
     def _begin(self, x: Tensor, y: Tensor, total: int) -> None:
         """Scale and centre from the first batch."""
@@ -210,7 +214,7 @@ class SaeTrainer:
         """The threshold that the final weights need to keep k a token on this batch."""
         norm = self.p["decoder"].norm(dim=-1)
         batch = self._batch(x, x, total)
-        scores = pre_activations(self.p, batch.x, self.config.encoder_dtype, norm)
+        scores = pre_activations(self.p, batch, self.config.encoder_dtype, norm)
         return select_in_batch(scores, self.config.k * total, self.processes)[1]
 
     # --- schedules ---------------------------------------------------------------------------------------------------

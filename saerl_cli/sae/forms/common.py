@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import EncoderDtype
-from saerl_cli.sae.layout import Layout
+from saerl_cli.sae.layout import Layout, Scratch
 
 Parameters = dict[str, Tensor]
 """encoder [d_sae, d_in], b_enc [d_sae], decoder [d_sae, d_out], b_dec [d_out]; threshold (jumprelu), r_mag and b_mag
@@ -37,6 +37,8 @@ class Batch:
     dead: Tensor
     """Features that are dead, bool [d_sae]."""
     processes: Processes = field(default_factory=Processes)
+    scratch: Scratch = field(default_factory=Scratch)
+    """Memory for the pre-activations."""
 
 
 @dataclass
@@ -57,17 +59,18 @@ class Outcome:
     """The smallest z |D| that was kept (batchtopk, matryoshka)."""
 
 
-def pre_activations(p: Parameters, x: Tensor, dtype: EncoderDtype, norm: Tensor | None = None) -> Tensor:
+def pre_activations(p: Parameters, batch: Batch, dtype: EncoderDtype, norm: Tensor | None = None) -> Tensor:
     """`x W^T + b_enc`, each feature times its `norm` [d_sae] if given: [n, d_in] -> [n, d_sae].
 
-    In bfloat16 the product is rounded, and so is the result; weights and their gradients are not.
+    In bfloat16 the product is rounded, and so is the result; weights and their gradients are not. The result lies in
+    the batch's scratch memory.
     """
-    encoder, bias = p["encoder"], p["b_enc"]
+    x, encoder, bias = batch.x, p["encoder"], p["b_enc"]
     if norm is not None:
         encoder, bias = encoder * norm[:, None], bias * norm
     if dtype is EncoderDtype.bfloat16:
         x, encoder, bias = x.bfloat16(), encoder.bfloat16(), bias.bfloat16()
-    return torch.addmm(bias, x, encoder.T)
+    return torch.addmm(bias, x, encoder.T, out=batch.scratch.matrix(len(x), len(bias), x))
 
 
 def linear_gradients(

@@ -14,7 +14,7 @@ from saerl_cli.sae.layout import fitting
 
 def gated(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `gated` of `saerl_cli.sae.forms`; b_enc is the gate's bias."""
-    gate = pre_activations(p, batch.x, config.encoder_dtype)
+    gate = pre_activations(p, batch, config.encoder_dtype)
     layout = fitting(gate > 0, config.kernel.value)
     pi = layout.take(gate).relu()
     stretch = layout.at(p["r_mag"].exp())

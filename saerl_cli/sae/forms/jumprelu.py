@@ -30,7 +30,7 @@ from saerl_cli.sae.layout import Layout, fitting, full_precision
 def jumprelu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `jumprelu` of `saerl_cli.sae.forms`."""
     theta, width = p["threshold"], config.bandwidth
-    pre = pre_activations(p, batch.x, config.encoder_dtype)
+    pre = pre_activations(p, batch, config.encoder_dtype)
     layout = fitting(pre > theta - width / 2, config.kernel.value)  # whatever fires, or has a gradient
     z, at_theta = layout.take(pre), layout.at(theta)
     on = z > at_theta

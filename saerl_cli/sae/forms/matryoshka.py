@@ -17,7 +17,7 @@ def matryoshka(p: Parameters, batch: Batch, config: SaeConfig, weight: float) ->
     prefixes that contain it.
     """
     norm = p["decoder"].norm(dim=-1)
-    scores = pre_activations(p, batch.x, config.encoder_dtype, norm)
+    scores = pre_activations(p, batch, config.encoder_dtype, norm)
     tokens, cut = select_in_batch(scores, config.k * batch.tokens, batch.processes)
     bags, groups = by_group(tokens, config.prefixes)
     values = tokens.take(scores).relu() / tokens.at(norm.clamp_min(1e-12))

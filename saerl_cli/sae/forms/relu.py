@@ -14,7 +14,7 @@ from saerl_cli.sae.layout import fitting
 
 def relu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `relu` of `saerl_cli.sae.forms`; where norms are held at 1 the penalty does not pull at them."""
-    pre = pre_activations(p, batch.x, config.encoder_dtype)
+    pre = pre_activations(p, batch, config.encoder_dtype)
     on = pre > 0  # [n, d_sae]
     layout = fitting(on, config.kernel.value)
     f = layout.take(pre).relu()

@@ -14,7 +14,7 @@ SAMPLE_ROWS = 256
 def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `topk` of `saerl_cli.sae.forms`."""
     norm = p["decoder"].norm(dim=-1)
-    scores = pre_activations(p, batch.x, config.encoder_dtype, norm)
+    scores = pre_activations(p, batch, config.encoder_dtype, norm)
     layout = rows_of(scores.topk(config.k, dim=-1, sorted=False).indices, len(norm))
     return reconstruction(p, batch, config, layout, scores, norm)
 
@@ -22,7 +22,7 @@ def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outco
 def batchtopk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `batchtopk` of `saerl_cli.sae.forms`."""
     norm = p["decoder"].norm(dim=-1)
-    scores = pre_activations(p, batch.x, config.encoder_dtype, norm)
+    scores = pre_activations(p, batch, config.encoder_dtype, norm)
     layout, cut = select_in_batch(scores, config.k * batch.tokens, batch.processes)
     outcome = reconstruction(p, batch, config, layout, scores, norm)
     outcome.cut = cut
