@@ -87,6 +87,28 @@ def evaluate(overrides: Overrides = None, help: Help = False) -> None:
     hydra("evaluate", overrides)
 
 
+@app.command("export")
+def export(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Run of saerl train-sae, SAE folder, or sae_lens:RELEASE/ID.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="saelens, dictionary_learning or sparsify.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to make; beside PATH when empty.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Only the SAEs of this site, as mlp_out.3.")] = None,
+) -> None:
+    """Write SAEs in the format of another library."""
+    from saerl_cli.run.bridge import refuse
+    from saerl_cli.sae.export import export_saes
+
+    try:
+        typer.echo("\n".join(export_saes(path, to, out, site)))
+    except ValueError as error:
+        refuse(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        typer.echo(f"saerl: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 @app.command("report")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories of saerl rlhf or saerl demo.")],

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.run.files import atomic_folder, read_json, sha256_file, write_json, write_safetensors
-from saerl_cli.sae.files.weights import build_sae, finite_tensors, gated_as_jumprelu, inspect_tensors, refuse_tensors
+from saerl_cli.sae.files.weights import (
+    SaeInfo,
+    build_sae,
+    finite_tensors,
+    gated_as_jumprelu,
+    inspect_tensors,
+    refuse_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +57,36 @@ def hook_name(site: str) -> str:
     return HOOKS.get(position, site).format(layer)
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is one of this format, sound or not."""
+    return (path / CONFIG_FILE).is_file() and not (path / "sae.safetensors").is_file()
+
+
+def check_folder(folder: Path) -> SaeInfo:
+    """What is in a folder, without torch; `ValueError` as in `check_sae`."""
+    config = check_sae(folder)
+    kind, d_out = ARCHITECTURES[config["architecture"]], config["d_out"] if is_transcoder(config) else None
+    site, target = site_of(config) or folder.name, provenance(config).get("target")
+    return SaeInfo(site, kind, config["d_in"], config["d_sae"], d_out, target)
+
+
+def place(sae: "SAE", name: str | None = None) -> str:
+    """Where `saerl export` puts an SAE: under its site, or the name that tells it from others of its site."""
+    return name or sae.site or "sae"
+
+
+def refuse_unwritable(info: SaeInfo) -> None:
+    """Nothing is: every SAE of this package has a place in this format."""
+
+
+def recipe(folder: Path) -> str:
+    """How SAELens loads a folder."""
+    return f"""\
+from sae_lens import SAE
+sae = SAE.load_from_disk("{folder}")
+features = sae.encode(activations)"""
+
+
 def save_sae(sae: "SAE", folder: Path | str, firing_rate: "Tensor | None" = None) -> Path:
     """Write `sae` as a SAELens folder, complete or not at all; an existing folder is replaced.
 
@@ -73,7 +110,7 @@ def save_sae(sae: "SAE", folder: Path | str, firing_rate: "Tensor | None" = None
         "apply_b_dec_to_input": not sae.transcoder,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": _metadata(sae),
+        "metadata": metadata_of(sae),
     }
     if sae.transcoder:
         config["d_out"] = sae.d_out
@@ -105,7 +142,7 @@ def _architecture(sae: "SAE") -> str:
     return "transcoder" if sae.architecture == "standard" else f"{sae.architecture}_transcoder"
 
 
-def _metadata(sae: "SAE") -> dict[str, Any]:
+def metadata_of(sae: "SAE") -> dict[str, Any]:
     """`sae.metadata` as JSON, with what SAELens and our checks look for."""
     metadata = plain(sae.metadata)
     places = {name: value for name, value in (("site", sae.site), ("target", sae.target)) if value is not None}
@@ -146,6 +183,7 @@ def read_sae_config(folder: Path | str) -> dict[str, Any]:
         architecture, sizes = config["architecture"], [config[name] for name in ("d_in", "d_sae")]
         if is_transcoder(config):
             sizes.append(config["d_out"])
+        refuse_metadata(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is malformed: {error!r}") from None
     if not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -197,6 +235,14 @@ def sae_sha256(folder: Path | str) -> str:
 def provenance(config: dict[str, Any]) -> dict[str, Any]:
     """`metadata.saerl` of a `cfg.json`; empty for an SAE that another tool trained."""
     return (config.get("metadata") or {}).get("saerl") or {}
+
+
+def refuse_metadata(config: dict[str, Any]) -> None:
+    """`TypeError` or `ValueError` for metadata that are not as `provenance` takes them to be."""
+    for name in ("site", "target", "module"):
+        place = {**provenance(config)}.get(name)
+        if not isinstance(place, str | None) or ".." in str(place).split("/") or str(place).startswith("/"):
+            raise ValueError(f"{place!r} is no {name}")
 
 
 def check_sae(folder: Path | str, model_sha256: str | None = None, width: int | None = None) -> dict[str, Any]:

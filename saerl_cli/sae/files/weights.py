@@ -6,6 +6,7 @@ Written for all formats, in the names of SAELens: `W_enc` [d_in, d_sae], `b_enc`
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,30 @@ if TYPE_CHECKING:
     from saerl_cli.sae.autoencoder import SAE
 
 UNIT = 1e-6  # a decoder row whose norm is further from 1 is not taken for one that was saved with norm 1
+
+
+@dataclass(frozen=True)
+class SaeInfo:
+    """What is known of an SAE before its weights are read."""
+
+    site: str
+    """Where its input comes from; the folder's name, where nothing says."""
+    architecture: str
+    """`standard`, `topk` or `jumprelu`, which it is once it is read."""
+    d_in: int
+    """Width of its input."""
+    d_sae: int
+    """Number of features."""
+    d_out: int | None = None
+    """Width of what a transcoder predicts; None for an autoencoder."""
+    target: str | None = None
+    """The site that a transcoder predicts, where known."""
+
+
+def info_of(sae: "SAE") -> SaeInfo:
+    """The same of an SAE in memory."""
+    d_out = sae.d_out if sae.transcoder else None
+    return SaeInfo(sae.site or "sae", sae.architecture, sae.d_in, sae.d_sae, d_out, sae.target)
 
 
 def inspect_tensors(path: Path) -> dict[str, tuple[list[int], bool]]:
