@@ -33,6 +33,7 @@ class Settings:
     ste_to_input: bool = True
     preact: float = 0.0
     auxk: float = 0.0
+    auxk_unit: str = "relative"  # residual, plain: what the weight is divided by
     auxk_latents: int | None = None  # d_in / 2 when None
     dead: Tensor | None = None  # [d_sae], bool
 
@@ -72,7 +73,8 @@ def decode(params: Params, f: Tensor) -> Tensor:
 def auxk_loss(params: Params, pre: Tensor, x: Tensor, y: Tensor, x_hat: Tensor, s: Settings) -> Tensor:
     """Dead features reconstruct the error of the others (Gao et al. 2024), their raw pre-activations as codes.
 
-    Both losses are relative to the variance of their target, hence V / V_res; the variances are constants.
+    Both losses are relative to the variance of their target, hence V / V_res; the variances are constants. With
+    `auxk_unit` residual the main one is not (dictionary_learning), with plain neither is (SAELens).
     """
     if s.auxk == 0 or s.dead is None or not s.dead.any():
         return torch.zeros(())
@@ -83,7 +85,11 @@ def auxk_loss(params: Params, pre: Tensor, x: Tensor, y: Tensor, x_hat: Tensor, 
         keep[t, candidates.argsort(descending=True)[:k]] = 1
     residual = (y - x_hat).detach()
     guess = (pre * keep) @ params["decoder"]
-    ratio = variance(y.detach()) / variance(residual)
+    ratio = {
+        "relative": variance(y.detach()) / variance(residual),
+        "residual": 1 / variance(residual),
+        "plain": 1.0,
+    }[s.auxk_unit]
     return s.auxk * ratio * squared_error(residual, guess)
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from sae_fixtures import ask_peers
 from sae_oracles import LOSS, Settings, gradients
+from safetensors.torch import load_file, save_file
 from torch import tensor
 
 C = torch.zeros(1)
@@ -254,3 +256,85 @@ def test_gradient_is_that_of_the_loss_in_b_dec(architecture, transcoder):
     step = 1e-6 * torch.eye(5, dtype=torch.float64)[0]
     up, down = (LOSS[architecture](params | {"b_dec": params["b_dec"] + sign * step}, x, y, s)[0] for sign in (1, -1))
     assert float(up - down) / 2e-6 == pytest.approx(float(grads["b_dec"][0]), rel=1e-5, abs=1e-6)
+
+
+# --- other libraries -------------------------------------------------------------------------------------------------
+
+
+SAELENS = {"W_enc": "encoder", "W_dec": "decoder", "b_gate": "b_enc"}
+DL = {"encoder.weight": "encoder", "encoder.bias": "b_enc", "decoder.weight": "decoder", "bias": "b_dec"}
+DL |= {"gate_bias": "b_enc", "mag_bias": "b_mag", "decoder_bias": "b_dec"} | SAELENS
+SHARED = {"k": 4, "prefixes": (0.25, 0.5, 1.0), "auxk": 0.7, "l1": 0.5, "l0": 0.3, "preact": 0.2}
+PEERS = {
+    "saelens-relu": ("relu", {}),
+    "saelens-topk": ("topk", {"auxk_unit": "plain"}),
+    "saelens-batchtopk": ("batchtopk", {"auxk_unit": "plain"}),
+    "saelens-matryoshka": ("matryoshka", {"auxk_unit": "plain"}),
+    "saelens-gated": ("gated", {}),
+    # its quadratic penalty is c mean (2 / L0*) (L0 - L0*)^2, of which ours is 1 / (2 L0*)
+    **{
+        f"saelens-jumprelu-{penalty}-{to_input}": (
+            "jumprelu",
+            {"penalty": penalty, "ste_to_input": to_input, "l0": 0.3 * (2 * 5.0 if penalty == "quadratic" else 1)},
+        )
+        for penalty in ("step", "tanh", "quadratic")
+        for to_input in (False, True)
+    },
+    "dl-relu": ("relu", {"decoder_norm": "renormalised"}),
+    "dl-topk": ("topk", {"decoder_norm": "renormalised", "auxk_unit": "residual"}),
+    "dl-batchtopk": ("batchtopk", {"decoder_norm": "renormalised", "auxk_unit": "residual"}),
+    # 3 levels, weighted by 1 / 3 and averaged: 1 / 9 of the sum, so that AuxK weighs 9 times as much against it
+    "dl-matryoshka": ("matryoshka", {"decoder_norm": "renormalised", "auxk_unit": "residual", "auxk": 0.7 * 9}),
+    "dl-gated": ("gated", {"decoder_norm": "renormalised"}),
+    "dl-jumprelu": (
+        "jumprelu",
+        {"decoder_norm": "renormalised", "penalty": "target", "ste_to_input": False, "preact": 0.0},
+    ),
+}
+DIFFERENT = {
+    "saelens-gated": {"decoder", "b_dec"},  # it does not freeze the decoder (decoderesearch/SAELens#539)
+    "dl-jumprelu": {"threshold"},  # the kernel of its L0 sees f and not the pre-activation
+}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Parameters and data; the last 5 of 24 features are dead, and fire a little too little to be chosen."""
+    g = torch.Generator().manual_seed(5)
+    draw = lambda *size: torch.randn(*size, generator=g)
+    t = {"encoder": draw(24, 8), "b_enc": draw(24) * 0.3, "decoder": draw(24, 8), "b_dec": draw(8) * 0.3}
+    t |= {"threshold": 0.2 + torch.rand(24, generator=g), "r_mag": draw(24) * 0.3, "b_mag": draw(24) * 0.3}
+    t |= {"x": draw(64, 8) * 2, "dead": torch.zeros(24)}
+    t["dead"][-5:] = 1
+    t["encoder"][-5:] *= 1e-4
+    t["b_enc"][-5:] = tensor([0.001, 0.002, 0.003, 0.004, 0.005])
+    return t
+
+
+@pytest.fixture(scope="module")
+def answers(drawn, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peers")
+    save_file({name: value.contiguous() for name, value in drawn.items()}, folder / "in.safetensors")
+    ask_peers("losses", str(folder / "in.safetensors"), str(folder / "out.safetensors"))
+    return load_file(folder / "out.safetensors")
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_losses_and_gradients_are_those_of_other_libraries(peer, drawn, answers):
+    architecture, more = PEERS[peer]
+    s = Settings(**(SHARED | {"target_l0": 5.0, "bandwidth": 0.5, "dead": drawn["dead"].bool()} | more))
+    params = {name: value for name, value in drawn.items() if name not in ("x", "dead")}
+    if peer.startswith("dl-"):
+        params["decoder"] = params["decoder"] / params["decoder"].norm(dim=1, keepdim=True)
+    names = DL if peer.startswith("dl-") else SAELENS
+    if peer == "dl-jumprelu":
+        s.centre = torch.zeros(8)  # it does not subtract b_dec
+    (loss, *_), grads = gradients(architecture, params, drawn["x"], drawn["x"], s)
+    share = 1 / 9 if peer == "dl-matryoshka" else 1.0
+    theirs = {name.removeprefix(f"{peer}."): value for name, value in answers.items() if name.startswith(f"{peer}.")}
+    torch.testing.assert_close(theirs.pop("loss"), loss * share, rtol=1e-5, atol=1e-6)
+    assert theirs
+    for name, grad in theirs.items():
+        ours = names.get(name, name)
+        same = torch.allclose(grad, grads[ours] * share, rtol=1e-4, atol=1e-5)
+        assert same == (ours not in DIFFERENT.get(peer, ())), ours

@@ -44,6 +44,17 @@ class L1Unit(Enum):
     """Squared error divided by the variance of the inputs: x that variance."""
 
 
+class AuxkUnit(Enum):
+    """What the weight of AuxK is relative to; the trainer converts (`saerl_cli.sae.presets.auxk_weight`)."""
+
+    relative = "relative"
+    """Main and auxiliary squared error each divided by the variance of its target (Gao et al. 2024)."""
+    residual = "residual"
+    """The auxiliary one alone divided by that of the residual (dictionary_learning)."""
+    plain = "plain"
+    """Neither divided (SAELens)."""
+
+
 class Controller(Enum):
     """How the weight of the sparsity penalty is chosen."""
 
@@ -195,8 +206,9 @@ class SaeConfig:
     dead_below_rate: float = 0.0
     """So is one that fired on a smaller share of the tokens since the last resampling."""
     auxk: float = 0.0
-    """Weight of reconstructing the error with dead features, relative to the main loss, both divided by the variance
-    of their target (topk, batchtopk, matryoshka); 1/32 in Gao et al. 2024."""
+    """Weight of reconstructing the error with dead features (topk, batchtopk, matryoshka); 1/32 in Gao et al. 2024."""
+    auxk_unit: AuxkUnit = AuxkUnit.relative
+    """What that weight is relative to."""
     auxk_latents: int | None = None
     """Dead features a token used for that; d_in / 2 when empty."""
     preact: float = 0.0
@@ -205,6 +217,8 @@ class SaeConfig:
     """What dead features are re-initialised to."""
     resample_every_tokens: int = 250_000
     """How often; never in the last `lr_decay` share."""
+    resample_until: float = 1.0
+    """Share of training, or steps where above 1, after which there is none."""
     resample_norm: float = 0.2
     """Norm of a new encoder row relative to the mean of those alive (resample=loss)."""
 
@@ -227,6 +241,9 @@ class SaeConfig:
     """How parameters step."""
     lr: float = 1e-3
     """Peak learning rate."""
+    lr_at_width: int | None = None
+    """Number of features that `lr` is meant for; it is multiplied by sqrt(lr_at_width / d_sae) (Gao et al. 2024).
+    Empty: `lr` as it is."""
     lr_warmup: float = 0.02
     """Share of training, or steps where above 1, with a linearly rising learning rate."""
     lr_decay: float = 0.2
@@ -258,6 +275,10 @@ class SaeConfig:
         if self.architecture in TOPK_FAMILY:
             refuse_unless(self.k <= d_sae, f"sae.k={self.k} > d_sae={d_sae}")
         return d_sae
+
+    def peak_lr(self, d_in: int) -> float:
+        """`lr`, at the width that it has for an input of `d_in` dimensions."""
+        return self.lr * (self.lr_at_width / self.width(d_in)) ** 0.5 if self.lr_at_width else self.lr
 
     def steps(self) -> int:
         """Optimiser steps."""
@@ -346,7 +367,8 @@ def _check_optimizer(c: SaeConfig) -> None:
     )
     for name in ("beta1", "beta2"):
         refuse_unless(0 <= getattr(c, name) < 1, f"sae.{name} must be in [0, 1), got {getattr(c, name)}")
-    for name in ("l1_warmup", "lr_warmup", "lr_decay"):
+    refuse_unless(c.lr_at_width is None or c.lr_at_width >= 1, "sae.lr_at_width must be >= 1")
+    for name in ("l1_warmup", "lr_warmup", "lr_decay", "resample_until"):
         refuse_unless(
             getattr(c, name) >= 0, f"sae.{name} is a share in [0, 1] or a number of steps, got {getattr(c, name)}"
         )
