@@ -14,9 +14,20 @@ from sae_oracles import Settings, gradients
 
 from saerl_cli.config import typed
 from saerl_cli.config.activations import ActivationsConfig
-from saerl_cli.config.sae import L1_FAMILY, Architecture, AuxkUnit, DecoderNorm, L1Unit, Penalty, SaeConfig
+from saerl_cli.config.sae import (
+    L1_FAMILY,
+    Architecture,
+    AuxkUnit,
+    DecoderNorm,
+    InputScale,
+    L1Unit,
+    Penalty,
+    SaeConfig,
+)
 from saerl_cli.run.configs import conf_dir, register_schema
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.sae.dead import due
+from saerl_cli.sae.forms.common import Batch
 from saerl_cli.sae.presets import auxk_weight, canonical_l1, conversion_line, rescaled, rescaled_config
 from saerl_cli.sae.train import SaeTrainer
 
@@ -389,3 +400,35 @@ def test_default_settings_train_a_step(name, presets):
     assert 0 < metrics["fvu"] < float("inf")
     assert not torch.equal(start["decoder"], trainer.p["decoder"])
     assert all(value.isfinite().all() for value in trainer.p.values())
+
+
+# --- what the trainer makes of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", AuxkUnit)
+def test_trainer_weighs_auxk_by_its_unit(unit, drawn):
+    params, x = (drawn[0], drawn[1].float())
+    base = {"expansion": None, "d_sae": M, "k": 4, "tokens": N, "batch_size": N, "scale": InputScale.none}
+    config = SaeConfig(**base, auxk=0.3, auxk_unit=unit, dead_after_tokens=1)
+    trainer = SaeTrainer(D, config)
+    start = {name: params[name].float() for name in trainer.p}
+    dead = torch.arange(M) >= M - 9
+    for name, value in start.items():
+        trainer.p[name].data.copy_(value)
+    trainer.firing.silent[dead] = 10
+    trainer.backward(Batch(x - start["b_dec"], x, N, dead, trainer.processes), 0.0)
+    wanted = gradients("topk", start, x, x, Settings(k=4, auxk=0.3, auxk_unit=unit.value, dead=dead))[1]
+    for name, parameter in trainer.p.items():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_scales_its_learning_rate_by_the_width():
+    config = SaeConfig(lr=2e-4, lr_at_width=64, expansion=None, d_sae=256, tokens=2048 * 10, lr_warmup=0, lr_decay=0)
+    assert SaeTrainer(8, config).learning_rate() == pytest.approx(1e-4)
+
+
+def test_resampling_ends_at_its_share_or_step():
+    base = {"tokens": 1000, "batch_size": 10, "resample_every_tokens": 100, "lr_decay": 0.0}  # every 10 of 100 steps
+    steps = lambda until: [n + 1 for n in range(100) if due(SaeConfig(**base, resample_until=until), n)]
+    assert steps(1.0) == list(range(10, 101, 10))
+    assert steps(0.35) == steps(35) == [10, 20, 30]

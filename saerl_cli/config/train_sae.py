@@ -39,7 +39,3 @@ class TrainSaeConfig:
     def __post_init__(self) -> None:
         for name in ("eval_tokens", "log_every", "checkpoint_every"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        refuse_unless(
-            self.sae.batch_size <= self.activations.buffer_tokens,
-            f"sae.batch_size={self.sae.batch_size} exceeds activations.buffer_tokens={self.activations.buffer_tokens}",
-        )

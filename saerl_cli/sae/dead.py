@@ -58,7 +58,8 @@ def due(config: SaeConfig, step: int) -> bool:
     if config.resample is Resample.none:
         return False
     before, after = ((n * config.batch_size) // config.resample_every_tokens for n in (step, step + 1))
-    return after > before and step + 1 <= config.steps() - config.in_steps(config.lr_decay)
+    last = min(config.steps() - config.in_steps(config.lr_decay), config.in_steps(config.resample_until))
+    return after > before and step + 1 <= last
 
 
 def replacements(

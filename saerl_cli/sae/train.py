@@ -20,7 +20,6 @@ from saerl_cli.config.sae import (
     Controller,
     DecoderNorm,
     InputScale,
-    L1Unit,
     SaeConfig,
 )
 from saerl_cli.sae import dead as revival
@@ -31,6 +30,7 @@ from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, pr
 from saerl_cli.sae.forms.topk import select_in_batch
 from saerl_cli.sae.layout import Scratch
 from saerl_cli.sae.optimizers import OPTIMIZERS
+from saerl_cli.sae.presets import canonical_l1
 
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
 MEDIAN_ROUNDS = 100
@@ -224,7 +224,7 @@ class SaeTrainer:
         done, rest = self.step_number + 1, self.steps - self.step_number
         rise = done / max(self.config.in_steps(self.config.lr_warmup), 1)
         fall = rest / max(self.config.in_steps(self.config.lr_decay), 1)
-        return self.config.lr * max(0.0, min(1.0, rise, fall))
+        return self.config.peak_lr(self.d_in) * max(0.0, min(1.0, rise, fall))
 
     def weight(self) -> float:
         """Of the sparsity penalty in the coming step."""
@@ -346,17 +346,6 @@ class SaeTrainer:
         if self.config.tied:
             p["encoder"] = p["decoder"]
         return folded(p, self)
-
-
-def canonical_l1(config: SaeConfig, d_in: int, variance: float) -> float:
-    """`config.l1` for a squared error summed over dimensions and an L1 summed over features, averaged over tokens."""
-    factors = {
-        L1Unit.canonical: 1.0,
-        L1Unit.mean_over_dims: float(d_in),
-        L1Unit.batch_sum: float(config.batch_size),
-        L1Unit.fvu: variance,
-    }
-    return config.l1 * factors[config.l1_unit]
 
 
 def _initial(config: SaeConfig, d_in: int, d_sae: int, d_out: int | None, device: torch.device | str) -> Parameters:

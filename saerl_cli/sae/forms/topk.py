@@ -6,6 +6,7 @@ from torch import Tensor
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, add, linear_gradients, pre_activations
 from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of, where
+from saerl_cli.sae.presets import auxk_weight
 
 SAMPLE_ROWS = 256
 """Tokens from which the first guess of a batch's threshold is made."""
@@ -100,9 +101,9 @@ def auxiliary(
 
         auxk * V / V_res * 1/n sum |r - sum_j z_j D_j|^2,    r = y - x^, held constant
 
-    over the `auxk_latents` dead features with the largest z_j |D_j|; V and V_res are the variances of y and r. The
-    pre-activations enter as they are, negative ones too: behind a ReLU a feature that is negative everywhere would get
-    no gradient.
+    over the `auxk_latents` dead features with the largest z_j |D_j|; V and V_res are the variances of y and r, which
+    `auxk_unit` can leave out. The pre-activations enter as they are, negative ones too: behind a ReLU a feature that is
+    negative everywhere would get no gradient.
 
     Returns:
         What it adds to the sum of d loss / d z, [d_sae].
@@ -116,9 +117,9 @@ def auxiliary(
     best = scaled.topk(latents, dim=-1, sorted=False).indices
     layout, values = chosen(full_precision(scaled) / norm[dead].clamp_min(1e-12), best)
     decoder = p["decoder"][dead]
-    share = variance(batch.y, batch) / variance(error, batch).clamp_min(1e-30)
+    weight = auxk_weight(config, variance(batch.y, batch), variance(error, batch).clamp_min(1e-30))
     rest = error + layout.decode(values, decoder)  # -(r - r^), [n, d_out]
-    g = rest * (2 * config.auxk / batch.tokens * share)
+    g = rest * (2 / batch.tokens * weight)
     d_values = layout.dot(g, decoder)
     d_values = d_values * (values != 0) if isinstance(layout, Dense) else d_values
     parts, into = linear_gradients(batch, layout, values, d_values, g)
