@@ -1,8 +1,16 @@
 """Settings of the stream of activations that SAEs are trained on."""
 
 from dataclasses import dataclass
+from enum import Enum
 
-from saerl_cli.config.groups import refuse_unless
+from saerl_cli.config.groups import DataConfig, refuse_unless
+
+
+class CacheDtype(Enum):
+    """Precision of activations on disk."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @dataclass
@@ -12,13 +20,16 @@ class ActivationsConfig:
     buffer_tokens: int = 65_536
     """Activations shuffled together before they are served, at least one batch."""
     outlier_norm: float | None = None
-    """Leave out tokens whose activation is longer than so many times the median; all are kept when empty."""
+    """Leave out tokens whose activation at any site is longer than so many times that site's median norm, > 1 (10 drops
+    attention sinks); all are kept when empty."""
     prefetch: bool = False
-    """Compute the next buffer in a thread while the last one is used."""
+    """Compute the next buffer in a thread while the last one is used; takes the memory of two buffers."""
     cache: str | None = None
     """Folder in which activations are kept, so that further runs on the same model, text and sites read them."""
     cache_gb: float = 50.0
-    """Refuse a cache that would grow beyond so many gigabytes."""
+    """Refuse to write activations of more than so many gigabytes (10^9 bytes) to the cache."""
+    cache_dtype: CacheDtype = CacheDtype.float32
+    """Precision in the cache; bfloat16 halves its size."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.buffer_tokens >= 1, f"activations.buffer_tokens must be >= 1, got {self.buffer_tokens}")
@@ -27,3 +38,19 @@ class ActivationsConfig:
             f"activations.outlier_norm is a multiple of the median norm, > 1, got {self.outlier_norm}",
         )
         refuse_unless(self.cache_gb > 0, f"activations.cache_gb must be > 0, got {self.cache_gb}")
+
+
+def check_stream(data: DataConfig, activations: ActivationsConfig, batch_size: int) -> None:
+    """Refuse text, buffer, cache and batch that contradict each other.
+
+    Raises:
+        ValueError: a buffer smaller than a batch, or a cache of streamed text.
+    """
+    refuse_unless(
+        batch_size <= activations.buffer_tokens,
+        f"sae.batch_size={batch_size} exceeds activations.buffer_tokens={activations.buffer_tokens}",
+    )
+    refuse_unless(
+        not (data.stream and activations.cache),
+        "activations.cache needs all text at once; write data.stream=false, or leave activations.cache empty",
+    )

@@ -112,12 +112,12 @@ class DataKind(Enum):
 
 @dataclass
 class DataConfig:
-    """Documents: a training part, and a held-out part taken from the end."""
+    """Documents: a training part, and a held-out part taken from the end (from the start of a stream)."""
 
     kind: DataKind = DataKind.planted
     """`planted` generates the embedded language; `text` reads `path`; `hub` reads the data set `name`."""
     path: str | None = None
-    """A txt (a document a line), json list, jsonl or parquet file, or a glob of them."""
+    """A txt (a document a line), json list, jsonl or parquet file, or a glob of them; text also as .gz or .zst."""
     name: str | None = None
     """Hub data set."""
     subset: str | None = None
@@ -127,9 +127,13 @@ class DataConfig:
     field: str = "text"
     """Column or key that holds the text."""
     heldout: float = 0.1
-    """Share of documents, from the end, that training never sees, in (0, 0.5]."""
+    """Share of documents, from the end, that training never sees, in (0, 0.5]; not used with `stream`."""
+    stream: bool = False
+    """Read documents as training needs them, never all in memory; for text larger than that. Text or Hub only."""
+    heldout_documents: int = 1000
+    """With `stream`: the first so many documents, which training never sees."""
     max_documents: int | None = None
-    """Read at most so many documents."""
+    """Read at most so many documents, those held out included."""
     context_size: int | None = None
     """Tokens a sequence; the model's context (at most 512) when empty."""
 
@@ -139,6 +143,16 @@ class DataConfig:
         if self.kind is DataKind.hub:
             refuse_unless(self.name is not None, "data=hub needs data.name=OWNER/DATASET")
         refuse_unless(0 < self.heldout <= 0.5, f"data.heldout must be in (0, 0.5], got {self.heldout}")
+        refuse_unless(self.heldout_documents >= 1, f"data.heldout_documents must be >= 1, got {self.heldout_documents}")
+        refuse_unless(
+            not (self.stream and self.kind is DataKind.planted),
+            "data.stream reads data=text or data=hub; the embedded language is generated in memory",
+        )
+        refuse_unless(
+            not self.stream or self.max_documents is None or self.max_documents > self.heldout_documents,
+            f"data.max_documents={self.max_documents} leaves nothing beside data.heldout_documents="
+            f"{self.heldout_documents}; lower the latter",
+        )
         refuse_unless(self.context_size is None or self.context_size >= 2, "data.context_size must be >= 2")
 
 
