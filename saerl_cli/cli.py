@@ -68,6 +68,12 @@ def train_sae(overrides: Overrides = None, help: Help = False) -> None:
     hydra("train_sae", overrides)
 
 
+@app.command("eval-sae", context_settings=HYDRA, add_help_option=False)
+def eval_sae(overrides: Overrides = None, help: Help = False) -> None:
+    """Measure trained SAEs on held-out text."""
+    hydra("eval_sae", overrides)
+
+
 @app.command("rlhf", context_settings=HYDRA, add_help_option=False)
 def rlhf(
     overrides: Overrides = None,

@@ -1,6 +1,9 @@
 """Metrics against values computed by hand and against slow loops."""
 
+import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,16 +12,19 @@ from saerl_cli.activations import capture, special_ids, text_mask, token_rows
 from saerl_cli.config.groups import ModelConfig, ModelKind
 from saerl_cli.models import load_model, resolve_sites
 from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.jackknife import by_row, jackknife, joined
 from saerl_cli.sae.metrics import (
     DENSITY_EDGES,
-    add,
     attribute_scores,
     auroc,
     density,
     evaluate_saes,
+    firing,
+    geometry,
     max_cosine,
-    reconstruction_metrics,
-    reconstruction_sums,
+    rare_cluster,
+    reconstruction_statistics,
+    token_values,
 )
 
 
@@ -38,6 +44,14 @@ def identity_sae(d: int) -> SAE:
     return sae
 
 
+def measured(sae: SAE, x: torch.Tensor, y: torch.Tensor | None = None, row: torch.Tensor | None = None) -> dict:
+    """Metrics of tokens, all of one row unless told."""
+    row = torch.zeros(len(x), dtype=torch.long) if row is None else row
+    values, fired = token_values(sae, x, y)
+    numbers = jackknife(by_row(values, row, int(row.max()) + 1), reconstruction_statistics)
+    return numbers | firing(fired / len(x), sae)
+
+
 # --- reconstruction --------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +61,7 @@ def test_reconstruction_metrics_by_hand():
     sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
     sae.b_enc.copy_(torch.tensor([0.0, 0.0, -1.0]))
     sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
-    metrics = reconstruction_metrics(reconstruction_sums(sae, torch.tensor([[3.0, 0.0], [-1.0, 4.0]])))
+    metrics = measured(sae, torch.tensor([[3.0, 0.0], [-1.0, 4.0]]))
     # mean (1, 2): variance 4 + 4 + 4 + 4 = 16, error 1
     assert metrics["fvu"] == pytest.approx(1 / 16)
     assert metrics["ev_legacy"] == pytest.approx((1 + 1 - 1 / 8) / 2)
@@ -56,18 +70,20 @@ def test_reconstruction_metrics_by_hand():
     assert metrics["l2_ratio"] == pytest.approx((1 + 4 / math.sqrt(17)) / 2)
     assert metrics["dead_heldout"] == pytest.approx(1 / 3)
     assert metrics["firing_rate"].tolist() == [0.5, 0.5, 0.0]
-    assert metrics["tokens_heldout"] == 2
+    assert metrics["cosine"] == pytest.approx((1 + 4 / math.sqrt(17)) / 2)
+    assert "fvu_se" not in metrics  # a single row has no standard error
 
 
 def test_batches_are_pooled_and_not_averaged():
     sae, x = random_sae(), 5 + torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     x[:50] *= 4
-    whole, parts = reconstruction_sums(sae, x), {}
-    for part in (x[:50], x[50:60], x[60:]):
-        add(parts, reconstruction_sums(sae, part))
-    pooled, reference = reconstruction_metrics(parts), reconstruction_metrics(whole)
-    for key in ("fvu", "l0", "gamma", "l2_ratio", "dead_heldout"):
-        assert pooled[key] == pytest.approx(reference[key], rel=1e-9)
+    row = torch.arange(300) // 50
+    parts = [by_row(token_values(sae, x[row == r])[0], row[row == r] - r, 1) for r in range(6)]
+    together, reference = jackknife(joined(parts), reconstruction_statistics), measured(sae, x, row=row)
+    for key in ("fvu", "fvu_se", "l0", "l0_se", "gamma", "l2_ratio"):
+        assert together[key] == pytest.approx(reference[key], rel=1e-9)
+    per_batch = sum(measured(sae, x[row == r])["fvu"] for r in range(6)) / 6
+    assert abs(per_batch - reference["fvu"]) > 0.01  # the mean of batches is another number
 
 
 def test_fvu_is_independent_of_scale_and_punishes_an_offset():
@@ -75,22 +91,22 @@ def test_fvu_is_independent_of_scale_and_punishes_an_offset():
     offset = identity_sae(6)
     offset.b_dec.copy_(torch.ones(6))
     offset.b_enc.copy_(offset.b_dec @ offset.W_enc)  # encodes x as before, then adds 1 to the reconstruction
-    exact = reconstruction_metrics(reconstruction_sums(sae, x))["fvu"]
-    shifted = [reconstruction_metrics(reconstruction_sums(offset, x))["fvu"]]
+    exact = measured(sae, x)["fvu"]
+    shifted = [measured(offset, x)["fvu"]]
     assert exact < 1e-12
     assert shifted[0] == pytest.approx(1 / float(x.var(0, correction=0).mean()), rel=1e-4)
     half = identity_sae(6)
     half.W_dec.mul_(0.5)
-    values = [reconstruction_metrics(reconstruction_sums(half, scale * x))["fvu"] for scale in (1.0, 1000.0)]
+    values = [measured(half, scale * x)["fvu"] for scale in (1.0, 1000.0)]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
-    assert reconstruction_metrics(reconstruction_sums(half, x))["gamma"] == pytest.approx(0.5)
+    assert measured(half, x)["gamma"] == pytest.approx(0.5)
 
 
 def test_sums_stay_exact_far_from_the_origin():
     x = 3000 + torch.randn(500, 4, generator=torch.Generator().manual_seed(3))
     sae = SAE(4, 2)
     sae.b_dec.copy_(x.mean(0))  # predicts the mean: FVU 1
-    assert reconstruction_metrics(reconstruction_sums(sae, x))["fvu"] == pytest.approx(1.0, abs=1e-3)
+    assert measured(sae, x)["fvu"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_density_counts_features_by_the_logarithm_of_their_rate():
@@ -166,19 +182,134 @@ def test_losses_equal_a_slow_loop(loaded, rows):
 
 
 def test_processes_add_up(loaded, rows):
-    """Two processes' sums, added, are those of one: evaluated here one after the other with a recording reduction."""
+    """Two processes give the numbers of one: threads whose reductions wait for each other."""
     sites = resolve_sites(["mlp_out.1"], loaded.model)
     saes, special = {"mlp_out.1": random_sae(sites[0].width)}, special_ids(loaded.tokenizer)
-    whole = reconstruction_metrics(
-        reconstruction_sums(
-            saes["mlp_out.1"], capture(loaded.model, sites, rows)["mlp_out.1"][text_mask(rows, special)]
-        )
+    whole = evaluate_saes(loaded.model, sites, saes, rows, special)["mlp_out.1"]
+    barrier, shares = threading.Barrier(2, timeout=60), [None, None]
+
+    def process(rank: int) -> dict:
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            shares[rank] = tensor
+            barrier.wait()
+            total = shares[0] + shares[1]
+            barrier.wait()
+            return total
+
+        with torch.no_grad():
+            return evaluate_saes(copies[rank], sites, saes, rows[rank::2], special, reduce)["mlp_out.1"]
+
+    copies = [copy.deepcopy(loaded.model) for _ in range(2)]  # hooks of two threads must not meet
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(process, range(2)):
+            for key in (
+                "fvu",
+                "fvu_se",
+                "l0",
+                "l0_se",
+                "ce_recovered",
+                "ce_recovered_se",
+                "kl_spliced_se",
+                "dead_heldout",
+            ):
+                assert found[key] == pytest.approx(whole[key], rel=1e-5), key
+            assert found["tokens_heldout"] == whole["tokens_heldout"]
+
+
+# --- standard errors -------------------------------------------------------------------------------------------------
+
+
+def test_standard_errors_equal_deleting_one_row_at_a_time(loaded, rows):
+    """Every metric with an error: the whole evaluation repeated without each row."""
+    sites, special = resolve_sites(["mlp_out.1"], loaded.model), special_ids(loaded.tokenizer)
+    saes, rows = {"mlp_out.1": random_sae(sites[0].width)}, rows[:6]
+    numbers = evaluate_saes(loaded.model, sites, saes, rows, special)["mlp_out.1"]
+    without = [
+        evaluate_saes(loaded.model, sites, saes, rows[torch.arange(6) != r], special)["mlp_out.1"] for r in range(6)
+    ]
+    names = [key.removesuffix("_se") for key in numbers if key.endswith("_se")]
+    assert {"fvu", "l0", "gamma", "cosine", "ce_base", "ce_recovered", "kl_spliced", "kl_recovered"} < set(names)
+    for name in set(names) - {"ce_mean", "ev_legacy"}:  # whose means, of the set and of the batch, would change too
+        values = torch.tensor([w[name] for w in without], dtype=torch.float64)
+        expected = (5 / 6 * (values - values.mean()).square().sum()).sqrt()
+        assert numbers[f"{name}_se"] == pytest.approx(float(expected), rel=1e-4, abs=1e-9), name
+
+
+def test_the_jackknife_of_a_mean_is_the_textbook_error_and_sees_dependence():
+    g = torch.Generator().manual_seed(5)
+    value = torch.randn(40, generator=g).double()
+    rows = {"n": torch.ones(40).double(), "v": value}
+    mean = lambda s: {"m": s["v"] / s["n"]}  # noqa: E731
+    assert jackknife(rows, mean)["m_se"] == pytest.approx(float(value.std() / 40**0.5))
+    repeated = {"n": 9 * rows["n"], "v": 9 * rows["v"]}  # nine tokens a row, all alike: no more is known
+    assert jackknife(repeated, mean)["m_se"] == pytest.approx(jackknife(rows, mean)["m_se"])
+    empty = {name: torch.cat([v, torch.zeros(7).double()]) for name, v in rows.items()}
+    assert jackknife(empty, mean) == pytest.approx(jackknife(rows, mean))
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def test_firing_shares_and_the_rare_cluster_by_hand():
+    sae = SAE(2, 5)
+    sae.W_enc.copy_(torch.tensor([[1.0, 1.0, 2.0, 0.0, 1.0], [0.0, 0.1, 0.1, 1.0, 5.0]]))
+    sae.W_dec.copy_(sae.W_enc.T)
+    numbers = firing(torch.tensor([0.0, 1e-6, 9e-6, 0.2, 0.05], dtype=torch.float64), sae)
+    assert (numbers["rare"], numbers["dense"], numbers["dead_heldout"]) == pytest.approx((0.6, 0.2, 0.2))
+    assert numbers["rare_cluster"] == 1.0
+    assert rare_cluster(torch.eye(2)) == 0.0  # each at 45 degrees to the mean
+    assert rare_cluster(torch.ones(3, 1)) == 0.0  # one is no cluster
+    assert geometry(sae)["encoder_decoder_cosine"] == pytest.approx(1)
+    assert "encoder_decoder_cosine" not in geometry(SAE(2, 5, d_out=3))
+
+
+# --- transcoders and several SAEs of a site --------------------------------------------------------------------------
+
+
+def linear_transcoder(weight: torch.Tensor, bias: torch.Tensor, target: str) -> SAE:
+    """Predicts `weight x + bias` exactly: x = relu(x) - relu(-x)."""
+    d_out, d_in = weight.shape
+    sae = SAE(d_in, 2 * d_in, d_out=d_out)
+    sae.W_enc.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)], dim=1))
+    sae.W_dec.copy_(torch.cat([weight.T, -weight.T]))
+    sae.b_dec.copy_(bias)
+    sae.target = target
+    return sae
+
+
+def test_a_transcoder_predicts_its_target_in_the_same_pass(loaded, rows):
+    """The exact map from the MLP's hidden layer to its output loses nothing; a wrong one is measured at the output."""
+    dense = loaded.model.get_submodule("gpt_neox.layers.1.mlp.dense_4h_to_h")
+    sites, special = resolve_sites(["mlp_hidden.1", "mlp_out.1"], loaded.model), special_ids(loaded.tokenizer)
+    exact = linear_transcoder(dense.weight, dense.bias, "mlp_out.1")
+    half = linear_transcoder(dense.weight / 2, dense.bias / 2, "mlp_out.1")
+    autoencoder = identity_sae(sites[1].width)
+    autoencoder.W_dec.mul_(0.5)
+    exact.site = half.site = "mlp_hidden.1"
+    autoencoder.site = "mlp_out.1"
+    saes = {"exact": exact, "half": half, "same as half": autoencoder}
+    found = evaluate_saes(loaded.model, sites, saes, rows, special)
+    assert found["exact"]["fvu"] < 1e-9
+    assert found["exact"]["ce_spliced"] == pytest.approx(found["exact"]["ce_base"], abs=1e-6)
+    for key in ("fvu", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered", "kl_spliced", "gamma"):
+        assert found["half"][key] == pytest.approx(found["same as half"][key], rel=1e-4), key
+    exact.site, exact.target = "mlp_out.1", "mlp_hidden.1"
+    backwards = linear_transcoder(
+        torch.zeros(sites[0].width, sites[1].width), torch.zeros(sites[0].width), "mlp_hidden.1"
     )
-    parts = {}
-    for share in (rows[0::2], rows[1::2]):
-        x = capture(loaded.model, sites, share)["mlp_out.1"][text_mask(share, special)]
-        add(parts, reconstruction_sums(saes["mlp_out.1"], x))
-    assert reconstruction_metrics(parts)["fvu"] == pytest.approx(whole["fvu"], rel=1e-6)
+    backwards.site = "mlp_out.1"
+    with pytest.raises(ValueError, match="mlp_out.1 does not run before mlp_hidden.1"):
+        evaluate_saes(loaded.model, sites, {"b": backwards}, rows, special)
+
+
+def test_an_sae_that_is_worse_than_the_mean_is_called_so(loaded, rows):
+    sites, special = resolve_sites(["mlp_out.1"], loaded.model), special_ids(loaded.tokenizer)
+    good, bad = identity_sae(sites[0].width), identity_sae(sites[0].width)
+    bad.W_dec.mul_(-1)
+    good.site = bad.site = "mlp_out.1"
+    found = evaluate_saes(loaded.model, sites, {"good": good, "bad": bad}, rows, special)
+    assert found["good"]["beats_mean"] is True
+    assert found["bad"]["fvu"] >= 1 and found["bad"]["beats_mean"] is False
 
 
 # --- planted truth ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 COLOURS = ("#0f8a8a", "#d1623a", "#7a5bd1", "#c2972b", "#3f7fd1", "#b0447c")
 """One a run, in order: told apart on white and on black, and by readers who see fewer colours."""
@@ -110,6 +111,105 @@ def coefficient_ranks(deltas: dict[str, list[float]]) -> Figure:
     axes.set(xlabel="features by |delta|", ylabel="|delta| = |c - 1|", xscale="log")
     axes.legend()
     return figure
+
+
+CONTROL_MARKERS = {"real": "d", "shuffled": "x", "random": "*", "wrong_layer": "^"}
+"""Controls of `saerl_cli.sae.controls`, in grey beside the SAEs."""
+
+
+@styled
+def sae_frontier(points: Sequence[dict[str, Any]], label: str, log: bool) -> Figure:
+    """A metric of SAEs over their L0 with 95 % intervals: a panel a site, a line a group, controls in grey.
+
+    Args:
+        points: {site, group, control, l0, l0_se, value, value_se}; `group` is an architecture, where `control` is None.
+        label: of the metric.
+        log: whether its axis is logarithmic, where all values are positive.
+    """
+    sites = list(dict.fromkeys(point["site"] for point in points))
+    figure, panels = grid(len(sites), 3, (4.2, 3.2))
+    groups = list(dict.fromkeys(point["group"] for point in points if point["control"] is None))
+    colours = dict(zip(groups, cycle(), strict=False))
+    for panel, site in zip(panels, sites, strict=True):
+        here = [point for point in points if point["site"] == site]
+        for group in groups:
+            line = sorted((p for p in here if p["group"] == group and p["control"] is None), key=lambda p: p["l0"])
+            interval_points(panel, line, colours[group], "o-", group)
+        for control, marker in CONTROL_MARKERS.items():
+            interval_points(
+                panel, [p for p in here if p["control"] == control], GREY, marker, control.replace("_", " ")
+            )
+        panel.set(xlabel="L0, active features per token", ylabel=label)
+        panel.set_title(site, fontsize=10, color=GREY, parse_math=False)
+        if log and all(point["value"] > 0 for point in here):
+            panel.set_yscale("log")
+            log_axis(panel.yaxis)
+        if all(point["l0"] > 0 for point in here):
+            panel.set_xscale("log")
+            log_axis(panel.xaxis)
+    legend_outside(figure, panels)
+    return figure
+
+
+def log_axis(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def interval_points(panel: Any, points: Sequence[dict[str, Any]], colour: str, form: str, label: str) -> None:
+    """Points with 95 % intervals both ways, where their standard errors are known; nothing when there are none."""
+    if points:
+        panel.errorbar(
+            [point["l0"] for point in points],
+            [point["value"] for point in points],
+            xerr=[1.96 * (point["l0_se"] or 0) for point in points],
+            yerr=[1.96 * (point["value_se"] or 0) for point in points],
+            fmt=form,
+            color=colour,
+            ms=5,
+            lw=1.2,
+            capsize=2,
+            label=label,
+        )
+
+
+@styled
+def densities(histograms: dict[str, dict[str, list[float]]]) -> Figure:
+    """How often features fire, a panel an SAE: features over log10 of the share of tokens.
+
+    Args:
+        histograms: SAE -> {log10_edges, features}, as `saerl_cli.sae.metrics.density`.
+    """
+    figure, panels = grid(len(histograms), 4, (3.1, 2.2))
+    for panel, (name, histogram) in zip(panels, histograms.items(), strict=True):
+        panel.stairs(histogram["features"], histogram["log10_edges"], fill=True, color=COLOURS[0], alpha=0.8)
+        panel.set_title(name, fontsize=9, color=GREY, parse_math=False)
+        panel.set(xlabel="log10 firing rate", ylabel="features")
+    return figure
+
+
+def grid(number: int, across: int, size: tuple[float, float]) -> tuple[Figure, list[Any]]:
+    """A figure with so many panels in rows of at most `across`, each of `size` inches."""
+    across = min(across, max(number, 1))
+    down = -(-number // across) or 1
+    figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in panels[number:]:
+        unused.remove()
+    return figure, panels[:number]
+
+
+def legend_outside(figure: Figure, panels: Sequence[Any]) -> None:
+    """One legend of all panels below them, every label once."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def cycle() -> tuple[str, ...]:

@@ -24,6 +24,9 @@ JOBS = {
     "demo": Job("saerl_cli.config.demo:DemoConfig", "saerl_cli.demo:check", "saerl_cli.demo:work", launches=False),
     "train_lm": Job("saerl_cli.config.train_lm:TrainLmConfig", "saerl_cli.world.job:check", "saerl_cli.world.job:work"),
     "train_sae": Job("saerl_cli.config.train_sae:TrainSaeConfig", "saerl_cli.sae.job:check", "saerl_cli.sae.job:work"),
+    "eval_sae": Job(
+        "saerl_cli.config.eval_sae:EvalSaeConfig", "saerl_cli.sae.evaluate:check", "saerl_cli.report.saes:work"
+    ),
     "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.rl.job:check", "saerl_cli.rl.job:work"),
     "evaluate": Job(
         "saerl_cli.config.evaluate:EvaluateConfig",

@@ -1,0 +1,49 @@
+"""Settings of `saerl eval-sae`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
+
+
+@dataclass
+class EvalSaeConfig:
+    """Measure trained SAEs on held-out text: what they reconstruct, what features tell, what chance would give."""
+
+    saes: Any = MISSING
+    """Run directory of `saerl train-sae`, its sae folder, an SAE folder, a folder of these, or a list of folders."""
+    model: ModelConfig | None = None
+    """The language model; the one that the SAEs' run records when empty."""
+    data: DataConfig | None = None
+    """The text whose held-out part is read; that of the SAEs' run when empty."""
+    eval_tokens: int = 50_000
+    """Held-out tokens for the metrics, at most what there is."""
+    probes: str | None = None
+    """A jsonl file of {"text": ..., "label": ...}: how well few features tell the labels; the embedded language is
+    probed for its own attributes when empty."""
+    probe_tokens: int = 20_000
+    """Tokens of the embedded language that are probed; a labelled file is read whole."""
+    controls: bool = False
+    """Measure also what says nothing: SAEs trained on the model with shuffled weights, random directions, and every SAE
+    at a wrong layer. This trains two SAEs for each."""
+    control_tokens: int = 200_000
+    """Training tokens of those on shuffled weights, and of their like on the real ones."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Processes; one."""
+    seed: int = 0
+    """Seed of the controls and of the order of labelled texts."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_tokens", "probe_tokens", "control_tokens"):
+            refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        given = [self.saes] if isinstance(self.saes, str) else self.saes
+        refuse_unless(
+            isinstance(given, list) and bool(given) and all(isinstance(path, str) and path for path in given),
+            f"saes must be a folder or a list of folders, for instance saes=[runs/a,runs/b], got {self.saes}",
+        )
+
+    def paths(self) -> list[str]:
+        """`saes` as a list."""
+        return [self.saes] if isinstance(self.saes, str) else list(self.saes)

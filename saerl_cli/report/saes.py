@@ -1,0 +1,268 @@
+"""`saerl eval-sae`: the numbers of `saerl_cli.sae.evaluate` as a table, figures and one self-contained page.
+
+summary.json   {saes: {name: metrics}, controls: {name/control: metrics}, stability: [...], probes: {...}}
+table.csv      a line an SAE and a control, a column a metric
+figures/       SVG, and the numbers drawn as CSV
+report.html    table and figures
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from saerl_cli.config.eval_sae import EvalSaeConfig
+from saerl_cli.report import figures
+from saerl_cli.run.directory import Run, versions
+from saerl_cli.run.files import write_text
+from saerl_cli.run.progress import say
+from saerl_cli.sae.evaluate import Evaluated, evaluate
+
+COLUMNS = (
+    ("site", "site", "{}"),
+    ("architecture", "architecture", "{}"),
+    ("width", "d_sae", "{:,}"),
+    ("L0", "l0", "{:.1f}"),
+    ("FVU", "fvu", "{:.4f}"),
+    ("CE recovered", "ce_recovered", "{:.3f}"),
+    ("KL", "kl_spliced", "{:.4f}"),
+    ("dead", "dead_heldout", "{:.1%}"),
+    ("gamma", "gamma", "{:.3f}"),
+)
+"""Heading, key of the metrics, format."""
+WORDS = 3
+"""The first columns hold words."""
+
+Metrics = dict[str, dict[str, Any]]
+"""Metrics by name of an SAE, or of a control."""
+
+
+def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
+    """Measure, print the table, write the numbers, the figures and the page; returns the mean FVU of the SAEs."""
+    start = time.monotonic()
+    found = evaluate(config, accelerator.device)
+    run.update(inputs=found.inputs)
+    print(aligned(table(found.saes)), flush=True)
+    if found.controls:
+        print("\n" + aligned(table(found.controls)), flush=True)
+    for line in warnings(found.saes):
+        say(line)
+    write_results(found, run.path, config)
+    parts = {key: value for key, value in asdict(found).items() if key != "inputs"}
+    mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
+    run.summary({"fvu_mean": mean_fvu, "seconds": round(time.monotonic() - start, 1), **parts})
+    return mean_fvu
+
+
+def write_results(found: Evaluated, folder: Path, config: EvalSaeConfig) -> None:
+    """Write table.csv, figures/ and report.html into a folder."""
+    everything = found.saes | found.controls
+    plain = [
+        {"name": name, **{key: value for key, value in metrics.items() if not isinstance(value, dict | list)}}
+        for name, metrics in everything.items()
+    ]
+    figures.write_csv(folder / "table.csv", plain)
+    out = folder / "figures"
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = draw(found)
+    for name, figure in drawn.items():
+        write_text(out / f"{name}.svg", figures.svg(figure))
+    figures.write_csv(out / "l0_fvu.csv", points(everything, "fvu"))
+    figures.write_csv(out / "l0_ce_recovered.csv", points(comparable(everything), "ce_recovered"))
+    figures.write_csv(out / "density.csv", density_rows(found.saes))
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    shown = content(found, config) | {
+        "fvu": figures.svg(drawn["l0_fvu"]),
+        "recovered": figures.svg(drawn["l0_ce_recovered"]),
+        "density": figures.svg(drawn["density"]),
+    }
+    write_text(folder / "report.html", environment.get_template("saes.html").render(**shown))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Metrics) -> list[list[str]]:
+    """A heading and a line an SAE, as text."""
+    return [
+        ["SAE", *(heading for heading, _, _ in COLUMNS)],
+        *([name, *(cell(metrics, key, form) for _, key, form in COLUMNS)] for name, metrics in rows.items()),
+    ]
+
+
+def cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
+    """A number, with its standard error where there is one."""
+    if metrics.get(key) is None:
+        return "–"
+    text, error = form.format(metrics[key]), metrics.get(f"{key}_se")
+    return text if error is None else f"{text} ± {form.format(error)}"
+
+
+def aligned(lines: Sequence[Sequence[str]], words: int = WORDS) -> str:
+    """Columns below each other: the first `words` flush left, numbers flush right."""
+    columns = []
+    for index, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        columns.append([text.ljust(width) if index < words else text.rjust(width) for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def warnings(saes: Metrics) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    found = []
+    for name, metrics in saes.items():
+        if not metrics["beats_mean"]:
+            found.append(f"{name}: FVU {metrics['fvu']:.3f} >= 1, so that it is worse than the mean of all activations")
+        if metrics["trivial"]:
+            found.append(
+                f"{name}: {metrics['site']} sees the current token alone (parallel residual), so its SAE is trivially"
+                " good and no evidence"
+            )
+    return found
+
+
+def probe_table(probes: Mapping[str, Any]) -> list[list[str]]:
+    """Mean accuracy and AUROC over labels of every SAE, and of the raw activations of every site."""
+    sizes = {"1": "1 feature", "2": "2 features", "5": "5 features", "all": "all"}
+    lines = [["probed", "", "", *(f"{text}: {key}" for text in sizes.values() for key in ("accuracy", "AUROC"))]]
+    named = {**probes.get("saes", {}), **{f"{s} (raw)": p for s, p in probes.get("activations", {}).items()}}
+    for name, results in named.items():
+        mean = [results["mean"].get(size) for size in sizes]
+        numbers = [f"{m[key]:.3f}" if m else "–" for m in mean for key in ("accuracy", "auroc")]
+        lines.append([name, "", "", *numbers])
+    return [[line[0], *line[WORDS:]] for line in lines]
+
+
+def label_tables(probes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For every probed thing a table of its labels."""
+    tables = []
+    for name, results in {**probes.get("saes", {}), **probes.get("activations", {})}.items():
+        lines = []
+        for label in probes["labels"]:
+            sizes = results[label]
+            best = ", ".join(map(str, sizes["5"]["features"]))
+            lines.append([label, best, *(cell(sizes[size], "auroc", "{:.3f}") for size in sizes)])
+        headings = ["label", "features", *results["mean"]]
+        tables.append({"name": name, "lines": [headings, *lines]})
+    return tables
+
+
+def stability_table(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line for every two SAEs of a site."""
+
+    def against_chance(pair: Mapping[str, Any], key: str) -> str:
+        return f"{pair[key]:.3f} ({pair[f'{key}_random']:.3f})" if key in pair else "–"
+
+    return [
+        ["SAE", "other", "site", "seeds", "mean max cosine", "matched cosine", "pairs above 0.7"],
+        *(
+            [
+                *pair["saes"],
+                pair["site"],
+                seeds(pair),
+                *(against_chance(pair, key) for key in ("mmcs", "matched", "shared")),
+            ]
+            for pair in pairs
+        ),
+    ]
+
+
+def seeds(pair: Mapping[str, Any]) -> str:
+    """The seeds of two SAEs; one that is not recorded is a question mark."""
+    first, second = ("?" if seed is None else str(seed) for seed in pair["seeds"])
+    return f"{first}, {second}" + (" (same start)" if first == second != "?" else "")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def draw(found: Evaluated) -> dict[str, Any]:
+    """Figure name -> matplotlib figure."""
+    everything = found.saes | found.controls
+    return {
+        "l0_fvu": figures.sae_frontier(points(everything, "fvu"), "FVU", log=True),
+        "l0_ce_recovered": figures.sae_frontier(
+            points(comparable(everything), "ce_recovered"), "CE recovered", log=False
+        ),
+        "density": figures.densities({name: metrics["density"] for name, metrics in found.saes.items()}),
+    }
+
+
+def points(rows: Metrics, key: str) -> list[dict[str, Any]]:
+    """One metric over L0; a control is shown at the site of its SAE, wherever it was measured."""
+    widths = {metrics["d_sae"] for metrics in rows.values()}
+    return [
+        {
+            "name": name,
+            "site": rows[metrics.get("of", name)]["site"],
+            "group": metrics["architecture"] + (f" {metrics['d_sae']:,}" if len(widths) > 1 else ""),
+            "control": metrics.get("control"),
+            "l0": metrics["l0"],
+            "l0_se": metrics.get("l0_se"),
+            "value": metrics[key],
+            "value_se": metrics.get(f"{key}_se"),
+        }
+        for name, metrics in rows.items()
+    ]
+
+
+def comparable(rows: Metrics) -> Metrics:
+    """Without those on shuffled weights, whose losses are another model's."""
+    return {name: metrics for name, metrics in rows.items() if metrics.get("control") != "shuffled"}
+
+
+def density_rows(saes: Metrics) -> list[dict[str, Any]]:
+    """The bars of the density figure."""
+    return [
+        {"name": name, "log10_from": low, "log10_to": high, "features": count}
+        for name, metrics in saes.items()
+        for low, high, count in zip(
+            metrics["density"]["log10_edges"],
+            metrics["density"]["log10_edges"][1:],
+            metrics["density"]["features"],
+            strict=False,
+        )
+    ]
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+
+def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
+    """What the template shows beside the figures; all of it is escaped there."""
+    tokens = max(metrics["tokens_heldout"] for metrics in found.saes.values())
+    number = len(found.saes)
+    probes = found.probes
+    examples = probes.get("examples", {})
+    return {
+        "title": "What these SAEs are worth" if number > 1 else f"What the SAE {next(iter(found.saes))} is worth",
+        "style": style(),
+        "lead": f"{number} SAE{'s' * (number > 1)} of {found.inputs['model']['name']} on {tokens:,} held-out tokens.",
+        "warnings": warnings(found.saes),
+        "words": WORDS,
+        "numbers": table(found.saes),
+        "controls": table(found.controls),
+        "control_tokens": f"{config.control_tokens:,}",
+        "probes": probe_table(probes),
+        "probes_caption": f"Mean over {len(probes.get('labels', {}))} labels of logistic regressions on the features"
+        f" that differ most, fitted on {examples.get('train', 0):,} {probes.get('kind', '')} and judged on"
+        f" {examples.get('test', 0):,} others. Raw: dimensions of the activations instead of features."
+        + (f" Left out as too rare: {', '.join(probes['left_out'])}." if probes.get("left_out") else ""),
+        "labels": label_tables(probes) if probes else [],
+        "stability": stability_table(found.stability),
+        "provenance": [
+            ["SAE", "folder", "sha256"],
+            *([name, sae["path"], sae["sha256"][:16]] for name, sae in found.inputs["sae"].items()),
+        ],
+        "model": f"Model: {found.inputs['model']['name']}, sha256 {found.inputs['model']['sha256'][:16]}.",
+        "footer": f"Written by saerl {versions().get('saerl', '')} from summary.json of this folder.",
+    }
+
+
+def style() -> str:
+    """The style sheet of every page, from the page of RLHF runs."""
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return page.split("<style>")[1].split("</style>")[0]

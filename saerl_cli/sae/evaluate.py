@@ -1,0 +1,330 @@
+"""What `saerl eval-sae` measures: SAEs of one model, each under the name of its folder, on the same held-out text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saerl_cli.activations import documents, row_length
+from saerl_cli.config import typed
+from saerl_cli.config.eval_sae import EvalSaeConfig
+from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
+from saerl_cli.config.sae import SaeConfig
+from saerl_cli.models import Loaded, Site, context_size, describe, folder_sha256, locate, resolve_sites
+from saerl_cli.run.progress import say
+from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
+from saerl_cli.sae.files.saelens import site_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saerl_cli.sae.autoencoder import SAE
+
+HASH_UP_TO = 2**31
+"""Bytes of weights that are hashed before the run; larger ones are compared when they are loaded."""
+PLACES = ("*", "sae/*", "*/sae/*")
+"""Where SAE folders are in a folder of SAEs, a run of train-sae, a folder of such runs."""
+
+
+# --- which SAEs, which model, which text -----------------------------------------------------------------------------
+
+
+def list_saes(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Every SAE folder that the paths name, by the name of the folder, or as much of its path as tells them apart.
+
+    Raises:
+        ValueError: no such folder, or no SAE in one.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"no SAEs at {path}: no such folder")
+        folders = [path, *sorted(child for place in PLACES for child in path.glob(place))]
+        saes = [f for f in folders if (f / CONFIG_FILE).is_file() and not f.name.startswith(".")]
+        if not saes:
+            raise ValueError(
+                f"no SAEs in {path}: expected a run directory of `saerl train-sae`, or folders with {CONFIG_FILE}"
+            )
+        found |= dict.fromkeys(saes)
+    return named_apart(list(found))
+
+
+def named_apart(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by the shortest end of their paths that differs for all; `sae` folders in it are left out."""
+    parts = [[part for part in folder.absolute().parts if part != "sae"] for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, folders, strict=True))
+    return {str(folder): folder for folder in folders}
+
+
+def settings(config: EvalSaeConfig, folders: dict[str, Path]) -> tuple[ModelConfig, DataConfig]:
+    """The model and the text: what is given, else what the run of the first SAE records.
+
+    Raises:
+        ValueError: neither.
+    """
+    if config.model is not None and config.data is not None:
+        return config.model, config.data
+    first = next(iter(folders.values()))
+    recorded = recorded_settings(first)
+    if recorded is None:
+        raise ValueError(f"{first} is in no run directory that records its model and text; write model=… data=…")
+    model, data = recorded
+    return config.model or model, config.data or data
+
+
+def recorded_settings(sae: Path) -> tuple[ModelConfig, DataConfig] | None:
+    """Model and text of the run directory that an SAE folder is in."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for run in list(sae.absolute().parents)[:2]:
+        file = run / ".hydra" / "config.yaml"
+        if file.is_file():
+            try:
+                recorded: Any = OmegaConf.load(file)
+                return typed(recorded["model"], ModelConfig), typed(recorded["data"], DataConfig)
+            except (OmegaConfBaseException, KeyError, TypeError) as error:
+                raise ValueError(f"{file} names no model and text: {str(error).splitlines()[0]}") from None
+    return None
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: EvalSaeConfig) -> None:
+    """Refuse what cannot work, before anything is written and without loading weights.
+
+    Raises:
+        ValueError: one line saying what is wrong.
+    """
+    if config.launch.num_processes > 1:
+        raise ValueError("saerl eval-sae measures in one process; write launch=one")
+    folders = list_saes(config.paths())
+    model, data = settings(config, folders)
+    description = describe(model)
+    row_length(data, context_size(description))
+    sha256 = known_sha256(model)
+    for folder in folders.values():
+        check_place(folder, description, sha256)
+    if config.probes is not None:
+        from saerl_cli.sae.probe import read_labelled
+
+        read_labelled(config.probes)
+    if config.controls:
+        for folder in folders.values():
+            control_settings(read_sae_config(folder), config.control_tokens)
+    if data.kind is not DataKind.hub:
+        documents(data, model, "heldout")
+
+
+def check_place(folder: Path, description: Any, sha256: str | None) -> None:
+    """Refuse an SAE of another model, or of a site that the model lacks."""
+    config = read_sae_config(folder)
+    record, site_name = provenance(config), site_of(config) or folder.name
+    try:
+        sites = [resolve_sites([name], description)[0] for name in (site_name, record.get("target") or site_name)]
+    except ValueError as error:
+        raise ValueError(f"the SAE {folder} belongs to a site that the model lacks: {error}") from None
+    check_sae(folder, model_sha256=sha256, width=sites[0].width)
+    if config.get("d_out", sites[1].width) != sites[1].width:
+        raise ValueError(f"the transcoder {folder} has d_out={config['d_out']}, but {sites[1].name} {sites[1].width}")
+    if record.get("module", sites[0].module) != sites[0].module:
+        raise ValueError(
+            f"the SAE {folder} was trained at {record['module']}, but {site_name} of this model is {sites[0].module}"
+        )
+
+
+def control_settings(config: dict[str, Any], tokens: int) -> SaeConfig | None:
+    """The settings that a `cfg.json` records for an SAE's training, but with so many tokens and a start from scratch.
+
+    None for a transcoder and for an SAE that another tool trained.
+
+    Raises:
+        ValueError: the record cannot be read, or `tokens` is less than a batch.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    record = provenance(config)
+    if "training" not in record or record.get("target") is not None:
+        return None
+    try:
+        settings = typed(OmegaConf.create(dict(record["training"])), SaeConfig)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"cannot train controls for the SAE of {record.get('site')}: {line}") from None
+    if tokens < settings.batch_size:
+        raise ValueError(f"control_tokens={tokens} is less than one batch of {settings.batch_size} tokens; raise it")
+    return replace(settings, tokens=tokens, init_from=None)
+
+
+def known_sha256(model: ModelConfig) -> str | None:
+    """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.world.cache import planted_folder
+
+        folder = planted_folder(model.world)
+    else:
+        folder = locate(model) if model.kind is ModelKind.local else None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+    return folder_sha256(folder) if folder and 0 < size <= HASH_UP_TO else None
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluated:
+    """All that is known of some SAEs, as plain data."""
+
+    saes: dict[str, dict[str, Any]]
+    """Name of the SAE's folder -> what it is and its metrics."""
+    controls: dict[str, dict[str, Any]]
+    """NAME/CONTROL -> the same."""
+    stability: list[dict[str, Any]]
+    """Every two SAEs of a site."""
+    probes: dict[str, Any]
+    """How well features tell labels; empty where nothing is labelled."""
+    inputs: dict[str, Any]
+    """The model and the SAEs by hash."""
+
+
+def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
+    """Load the model and its SAEs and measure them.
+
+    Args:
+        config: what to measure.
+        device: where.
+
+    Raises:
+        ValueError: what `check` could not see without loading the model.
+    """
+    from saerl_cli.activations import special_ids, token_rows
+    from saerl_cli.models import load_model
+    from saerl_cli.sae.files import load_sae, sae_sha256
+    from saerl_cli.sae.metrics import evaluate_saes, first_rows
+    from saerl_cli.sae.stability import stability
+
+    folders = list_saes(config.paths())
+    model, data = settings(config, folders)
+    loaded = load_model(model, device)
+    for folder in folders.values():
+        check_sae(folder, model_sha256=loaded.sha256)
+    saes = {name: load_sae(folder).to(device) for name, folder in folders.items()}
+    names = {site for sae in saes.values() for site in (sae.site, sae.target) if site is not None}
+    sites = resolve_sites(sorted(names), loaded.model)
+    length = row_length(data, loaded.context_size)
+    special = special_ids(loaded.tokenizer)
+    rows = token_rows(documents(data, model, "heldout"), loaded.tokenizer, length)
+    rows = first_rows(rows, special, config.eval_tokens)
+    say(f"measuring {len(saes)} SAEs on {rows.numel()} held-out tokens")
+    metrics = evaluate_saes(loaded.model, sites, saes, rows, special)
+    for numbers in metrics.values():
+        del numbers["firing_rate"]
+    controls = {}
+    if config.controls:
+        train = token_rows(documents(data, model, "train"), loaded.tokenizer, length)
+        controls = measured_controls(config, loaded.model, saes, sites, train, rows, special)
+    return Evaluated(
+        saes={name: described(saes[name], sites) | metrics[name] for name in saes},
+        controls=controls,
+        stability=stability(saes, config.seed),
+        probes=probes(config, model, data, loaded, sites, saes, length),
+        inputs={
+            "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
+            "sae": {name: {"path": str(path), "sha256": sae_sha256(path)} for name, path in folders.items()},
+        },
+    )
+
+
+def measured_controls(
+    config: EvalSaeConfig,
+    model: Any,
+    saes: "dict[str, SAE]",
+    sites: list[Site],
+    train: "Tensor",
+    rows: "Tensor",
+    special: Sequence[int],
+) -> dict[str, dict[str, Any]]:
+    """The metrics of `saerl_cli.sae.controls`, by NAME/CONTROL.
+
+    Args:
+        config: how many tokens, and the seed.
+        model: the language model.
+        saes: by name.
+        sites: of the SAEs.
+        train: training text as token ids, [rows, context_size].
+        rows: held-out text.
+        special: token ids to leave out.
+    """
+    from saerl_cli.sae import controls as make
+    from saerl_cli.sae.metrics import evaluate_saes, place
+
+    by_name = {site.name: site for site in sites}
+    places = {name: place(name, sae, sites, model) for name, sae in saes.items()}
+    say(f"training controls on {config.control_tokens} tokens of the model, and of it with shuffled weights")
+    shuffled = make.shuffled_model(model, config.seed)
+    settings = {name: control_settings({"metadata": sae.metadata}, config.control_tokens) for name, sae in saes.items()}
+    known = {name: recorded for name, recorded in settings.items() if recorded is not None}
+    trained = (saes, known, by_name, train, special, config.seed)
+    moved, others = make.elsewhere(saes, places, model)
+    kinds = {
+        "real": (model, make.trained_alike(model, *trained)),
+        "shuffled": (shuffled, make.trained_alike(shuffled, *trained)),
+        "random": (model, make.random_directions(model, saes, by_name, train, special, config.seed)),
+        "wrong_layer": (model, moved),
+    }
+    there = list((by_name | {site.name: site for site in others}).values())
+    found = {}
+    for kind, (network, made) in kinds.items():
+        numbers = evaluate_saes(network, there, made, rows, special) if made else {}
+        for name in made:
+            what = {"control": kind, "of": name} | described(made[name], there)
+            del numbers[name]["firing_rate"]
+            if kind != "random":  # which has a form of its own
+                what["architecture"] = saes_architecture(saes[name])
+            found[f"{name}/{kind}"] = what | numbers[name]
+    return {f"{name}/{kind}": found[f"{name}/{kind}"] for name in saes for kind in kinds if f"{name}/{kind}" in found}
+
+
+def probes(
+    config: EvalSaeConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    loaded: Loaded,
+    sites: list[Site],
+    saes: "dict[str, SAE]",
+    length: int,
+) -> dict[str, Any]:
+    """Sparse probing of a labelled file, else of the embedded language; nothing for other text."""
+    from saerl_cli.sae.probe import labelled_examples, planted_examples, probe
+
+    if config.probes is not None:
+        examples = labelled_examples(config.probes, loaded, length, config.seed)
+    elif data.kind is DataKind.planted:
+        examples = planted_examples(data, model, loaded, length, config.probe_tokens)
+    else:
+        return {}
+    return probe(loaded, sites, saes, examples)
+
+
+def described(sae: "SAE", sites: Sequence[Site]) -> dict[str, Any]:
+    """What an SAE is, for the first columns of a table."""
+    site = next(site for site in sites if site.name == sae.site)
+    return {
+        "site": site.name,
+        "target": sae.target or site.name,
+        "trivial": site.trivial,
+        "architecture": saes_architecture(sae),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+    }
+
+
+def saes_architecture(sae: "SAE") -> str:
+    """What an SAE was trained as, where that is recorded: BatchTopK and Gated SAEs are saved as JumpReLU."""
+    training = (sae.metadata.get("saerl") or {}).get("training") or {}
+    return str(training.get("architecture", sae.architecture))
