@@ -1,4 +1,4 @@
-"""What other libraries say, asked in their own environment: `PEERS_PYTHON tests/loss_peers.py defaults|losses [IN OUT]`.
+"""What other libraries say, asked in their environment: `PEERS_PYTHON tests/loss_peers.py defaults|losses [IN OUT]`.
 
 `defaults` prints their default settings under saerl's names, by preset. `losses` reads parameters and data from a
 safetensors file and writes their losses and gradients to another, a feature a row.

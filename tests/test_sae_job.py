@@ -46,7 +46,9 @@ WORDS = [
     *(f"sae.{key}={value}" for key, value in SIZES.items()),
 ]
 WORDS += ["eval_tokens=1500", "log_every=5", "checkpoint_every=10"]
-ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0)
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("cpu"), num_processes=1, process_index=0, wait_for_everyone=lambda: None
+)
 
 
 def tiny(**changes) -> TrainSaeConfig:

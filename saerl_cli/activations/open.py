@@ -45,7 +45,7 @@ def open_stream(
     """
     check_stream(data, activations, batch_size)
     length, special = row_length(data, loaded.context_size), special_ids(loaded.tokenizer)
-    order = (batch_size, activations.buffer_tokens, seed)
+    order = (batch_size, activations.buffer(batch_size), seed)
     more: dict[str, Any] = {
         "rank": rank,
         "world_size": world_size,

@@ -5,6 +5,8 @@ from enum import Enum
 
 from saerl_cli.config.groups import DataConfig, refuse_unless
 
+BUFFER_TOKENS = 65_536
+
 
 class CacheDtype(Enum):
     """Precision of activations on disk."""
@@ -17,8 +19,9 @@ class CacheDtype(Enum):
 class ActivationsConfig:
     """How activations are shuffled, filtered and kept."""
 
-    buffer_tokens: int = 65_536
-    """Activations shuffled together before they are served, at least one batch."""
+    buffer_tokens: int | None = None
+    """Activations shuffled together before they are served, at least one batch; 65,536, or four batches where that is
+    more, when empty."""
     outlier_norm: float | None = None
     """Leave out tokens whose activation at any site is longer than so many times that site's median norm, > 1 (10 drops
     attention sinks); all are kept when empty."""
@@ -32,12 +35,19 @@ class ActivationsConfig:
     """Precision in the cache; bfloat16 halves its size."""
 
     def __post_init__(self) -> None:
-        refuse_unless(self.buffer_tokens >= 1, f"activations.buffer_tokens must be >= 1, got {self.buffer_tokens}")
+        refuse_unless(
+            self.buffer_tokens is None or self.buffer_tokens >= 1,
+            f"activations.buffer_tokens must be >= 1, got {self.buffer_tokens}",
+        )
         refuse_unless(
             self.outlier_norm is None or self.outlier_norm > 1,
             f"activations.outlier_norm is a multiple of the median norm, > 1, got {self.outlier_norm}",
         )
         refuse_unless(self.cache_gb > 0, f"activations.cache_gb must be > 0, got {self.cache_gb}")
+
+    def buffer(self, batch_size: int) -> int:
+        """`buffer_tokens`, or what stands for it when empty."""
+        return self.buffer_tokens or max(BUFFER_TOKENS, 4 * batch_size)
 
 
 def check_stream(data: DataConfig, activations: ActivationsConfig, batch_size: int) -> None:
@@ -47,7 +57,7 @@ def check_stream(data: DataConfig, activations: ActivationsConfig, batch_size: i
         ValueError: a buffer smaller than a batch, or a cache of streamed text.
     """
     refuse_unless(
-        batch_size <= activations.buffer_tokens,
+        batch_size <= activations.buffer(batch_size),
         f"sae.batch_size={batch_size} exceeds activations.buffer_tokens={activations.buffer_tokens}",
     )
     refuse_unless(

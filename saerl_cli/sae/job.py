@@ -248,5 +248,3 @@ def _resume(run: "Run", trainers: "dict[str, SaeTrainer]") -> tuple[dict[str, An
     say(f"resuming at step {step}")
     state = read_json(folder / "state.json")
     return state["stream"], float(state["seconds"])
-
-

@@ -35,7 +35,7 @@ def training(
     """
     places = places or {name: (name, None) for name in trainers}
     last = max(trainer.steps for trainer in trainers.values())
-    first = min(trainer.step_number for trainer in trainers.values())
+    first = max(trainer.step_number for trainer in trainers.values())  # those that are done stand further back
     done = first
     for batch in islice(batches, last - first):
         measure = done == 0 or (done + 1) % log_every == 0 or done + 1 == last
