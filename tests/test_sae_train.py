@@ -501,6 +501,12 @@ def test_activations_that_are_not_finite_name_the_step(kind):
             trainer.step(x)
 
 
+def test_a_batch_of_nothing_but_outliers_stops_the_run():
+    trainer = trained("topk", data(2))
+    with pytest.raises(ValueError, match="step 2: no activation is left of the batch"):
+        trainer.step(torch.empty(0, 12))
+
+
 def test_a_gradient_that_is_not_finite_names_the_step():
     trainer = trained("topk", data(2))
     trainer.p["decoder"].data[3] = float("inf")

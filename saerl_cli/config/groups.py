@@ -388,6 +388,14 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class Tracker(Enum):
+    """Programs that can show metrics while a run goes on; metrics.jsonl is written always."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
 @dataclass
 class LaunchConfig:
     """How many processes do the work; Accelerate starts them."""
@@ -400,6 +408,8 @@ class LaunchConfig:
     """Autocast precision."""
     threads: int | None = None
     """CPU threads a process; cores / processes when empty."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Send metrics there too, through Accelerate; TensorBoard's files lie in the run directory."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.num_processes >= 1, f"launch.num_processes must be >= 1, got {self.num_processes}")

@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +41,7 @@ class Run:
 
     def __init__(self, path: Path | str, writes: bool = True):
         self.path, self.writes = Path(path), writes
+        self.mirror: Callable[..., None] | None = None  # `mirror(metrics, step=…)`, where metrics go besides
 
     @classmethod
     def load(cls, path: Path | str) -> "Run":
@@ -140,6 +141,8 @@ class Run:
             append_jsonl(self.path / "metrics.jsonl", {"step": step, **metrics})
         except ValueError as error:
             raise ValueError(f"step {step}: {error}") from None
+        if self.mirror is not None:
+            self.mirror(metrics, step=step)
 
     def sample(self, step: int, prompt: str, completion: str, reward: float, kl: float | None) -> None:
         """Append a line to samples.jsonl."""

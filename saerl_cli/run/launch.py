@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from saerl_cli.config.groups import LaunchConfig
@@ -48,7 +49,7 @@ class WorkFailed(RuntimeError):
 
 
 def check_launch(launch: LaunchConfig, here: bool = True) -> None:
-    """Refuse processes that cannot be started.
+    """Refuse processes that cannot be started, and trackers that are not installed.
 
     Args:
         launch: the settings.
@@ -57,6 +58,9 @@ def check_launch(launch: LaunchConfig, here: bool = True) -> None:
     Raises:
         ValueError: one line saying what to write instead.
     """
+    for tracker in launch.trackers:
+        if find_spec(tracker.value) is None:
+            raise ValueError(f"launch.trackers=[{tracker.value}] needs a package: pip install {tracker.value}")
     if "LOCAL_RANK" in os.environ:
         raise ValueError("start this command directly, not under torchrun: it starts its own processes (launch=cpu_2)")
     if not here or launch.num_processes == 1:

@@ -16,6 +16,7 @@ from saerl_cli.run import lock
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import write_json, write_text
 from saerl_cli.run.jobs import resolve
+from saerl_cli.run.preflight import flat
 
 ORPHAN_CHECK_S = 0.2
 
@@ -56,14 +57,29 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
     config = typed(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve(schema))
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=config.launch.cpu, mixed_precision=config.launch.mixed_precision.value)
+    accelerator = Accelerator(
+        cpu=config.launch.cpu,
+        mixed_precision=config.launch.mixed_precision.value,
+        log_with=[tracker.value for tracker in config.launch.trackers],
+        project_dir=folder,
+    )
     check_world_size(accelerator.num_processes, config.launch.num_processes)
     run = Run(folder, writes=rank == 0)
+    if config.launch.trackers:
+        track(accelerator, run)
     run.update(device=device_name(accelerator.device), num_processes=accelerator.num_processes)
     result = resolve(work)(config, run, accelerator)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return None if result is None else float(result)
+
+
+def track(accelerator: Any, run: Run) -> None:
+    """Send what the run logs to the trackers too."""
+    settings = flat(OmegaConf.load(run.path / ".hydra" / "config.yaml"))
+    name = {"name": run.path.name, "dir": str(run.path)}
+    accelerator.init_trackers("saerl", {key: str(value) for key, value in settings.items()}, {"wandb": name})
+    run.mirror = accelerator.log
 
 
 def check_world_size(got: int, asked: int) -> None:

@@ -174,16 +174,16 @@ def _share(accelerator: "Accelerator") -> slice:
 
 
 def _account(run: "Run", stream: "ShuffledStream", reduce: Reduce, accelerator: "Accelerator") -> None:
-    """Say and record what reading the text has left out."""
+    """Say and record what has been left out since this start."""
     import torch
 
     dropped = int(reduce(torch.tensor(stream.dropped, device=accelerator.device)))
     if dropped:
-        say(f"left out {dropped} activations as outliers")
+        say(f"left out {dropped} activations as outliers since this start")
     note = stream.counts.note()
     if note:
         say(f"text: {note}")
-    run.update(text={"outliers": dropped, "note": note or None})
+    run.update(text={"outliers_since_start": dropped, "note": note or None})
 
 
 # --- training --------------------------------------------------------------------------------------------------------

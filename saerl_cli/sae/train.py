@@ -113,6 +113,8 @@ class SaeTrainer:
             ValueError: activations or gradients are NaN or infinite.
         """
         total = int(self.processes.total(torch.tensor(len(x), device=x.device)))
+        if total == 0:
+            raise ValueError(f"step {self.step_number}: no activation is left of the batch; raise activations.outlier_norm")
         x = x.float()
         y = x if target is None else target.float()
         if self.step_number == 0:
