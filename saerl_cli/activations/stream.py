@@ -175,6 +175,7 @@ class ShuffledStream:
         memory = self._memory[index % len(self._memory)]
         data = {site.name: torch.empty(0, site.width, dtype=self.dtype, device=self.device) for site in self.sites}
         kept = torch.ones(len(places), dtype=torch.bool)
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in data}
         arrived = 0
         for rows, activations in chunks:
             if self._closed:
@@ -187,9 +188,12 @@ class ShuffledStream:
                 x = x.index_select(0, rows)
                 data[name] = reused(memory, name, len(places), x)
                 data[name].index_copy_(0, to.to(self.device), x)
+                sums[name] += x.sum(dtype=torch.float64)  # finite numbers cannot overflow it
                 if self.outlier_norm:
                     kept[to] &= (norms(x) <= self._limits[name]).cpu()
-        self._refuse_non_finite(index, places, data)
+        for name, total in sums.items():
+            if not total.isfinite():
+                raise ValueError(self._not_finite(name, index, places, data[name]))
         return Fill(index, start, end, places, data, kept)
 
     @cached_property
@@ -198,12 +202,11 @@ class ShuffledStream:
         factor = self.outlier_norm or float("inf")
         return {name: factor * float(norms(x).median()) for name, x in self._first_tokens().items()}
 
-    def _refuse_non_finite(self, index: int, places: Tensor, data: dict[str, Tensor]) -> None:
-        for name, x in data.items():
-            if not x.sum(dtype=torch.float64).isfinite():  # finite numbers cannot overflow it
-                bad = places[~x.isfinite().all(-1).cpu()]
-                step = index * self.batches_per_fill + int(bad.min()) // self.batch_size + 1
-                raise ValueError(f"step {step}: activations at {name} are NaN or infinite")
+    def _not_finite(self, name: str, index: int, places: Tensor, x: Tensor) -> str:
+        """What is wrong with the activations of a fill, and the first step that would be trained on them."""
+        bad = places[~x.isfinite().all(-1).cpu()]
+        step = index * self.batches_per_fill + int(bad.min()) // self.batch_size + 1
+        return f"step {step}: activations at {name} are NaN or infinite"
 
 
 def serving_order(place: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
