@@ -139,9 +139,23 @@ def test_a_cache_is_complete_or_absent(write, tmp_path):
     model.low.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="killed"):
         write(model)
-    assert not [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
-    assert served(opened(write()), TOKENS)
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    (folder,) = [path.with_name(path.name[1:-5]) for path in (tmp_path / "cache").iterdir()]
+    left = folder.with_name(f".{folder.name}.partial")  # of a process that could not clean up
+    left.mkdir()
+    (left / "low.bin").write_bytes(b"torn")
+    assert write() == folder and not left.exists()
+    assert sorted(served(opened(folder), TOKENS)) == list(range(1, TOKENS + 1))
+
+
+def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(broken())
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_activations_that_are_not_finite_are_not_kept(write, tmp_path):

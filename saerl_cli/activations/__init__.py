@@ -18,8 +18,8 @@ from saerl_cli.config.activations import check_stream
 
 if TYPE_CHECKING:
     from saerl_cli.activations.cache import CachedStream
+    from saerl_cli.activations.choose import activation_batches, open_stream
     from saerl_cli.activations.forward import FORWARD_TOKENS, capture
-    from saerl_cli.activations.open import activation_batches, open_stream
     from saerl_cli.activations.stream import ActivationStream, ShuffledStream
     from saerl_cli.activations.tokens import (
         MemoryRows,
@@ -36,7 +36,7 @@ LATER = {
     "forward": ("FORWARD_TOKENS", "capture"),
     "stream": ("ActivationStream", "ShuffledStream"),
     "cache": ("CachedStream",),
-    "open": ("activation_batches", "open_stream"),
+    "choose": ("activation_batches", "open_stream"),
 }
 """File -> its names that need torch."""
 

@@ -70,17 +70,28 @@ def cached_activations(
             writer.prepare()
         barrier()
         if partial.is_dir():
-            writer.write(rank, world_size)
-            barrier()
-            if rank == 0:
-                writer.finish(identity, world_size)
-                os.replace(partial, folder)
-                size = sum(writer.sizes().values()) / 1e9
-                say(f"wrote {writer.tokens} activations a site ({size:.3g} GB) to {folder}")
+            with removed_on_error(partial):
+                writer.write(rank, world_size)
+                barrier()
+                if rank == 0:
+                    writer.finish(identity, world_size)
+                    os.replace(partial, folder)
+                    size = sum(writer.sizes().values()) / 1e9
+                    say(f"wrote {writer.tokens} activations a site ({size:.3g} GB) to {folder}")
         elif rank == 0:
             say(f"reading activations from {folder}")
         barrier()
     return folder
+
+
+@contextlib.contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Do not leave gigabytes behind that nothing will read."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def identify(
@@ -191,10 +202,10 @@ class Writer:
     def prepare(self) -> None:
         """Make the folder and its files in full size; what an interrupted run left is removed."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        for name, size in self.sizes().items():
-            with (self.folder / name).open("wb") as file:
-                if size:
+        with removed_on_error(self.folder):
+            self.folder.mkdir(parents=True)
+            for name, size in self.sizes().items():
+                with (self.folder / name).open("wb") as file:
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now
 
     def write(self, rank: int, world_size: int) -> None:

@@ -166,7 +166,7 @@ class StreamedRows:
 
     def __init__(self, data: DataConfig, tokenizer: Any, context_size: int, special: Sequence[int]):
         self.data, self.tokenizer, self.context_size, self.special = data, tokenizer, context_size, special
-        self.separator = separator_id(tokenizer)
+        self.separator, self._special = separator_id(tokenizer), frozenset(special)
         self.counts = Counts()
         self.files = [] if data.kind is DataKind.hub else text_files(data)
         source = [data.name, data.subset, data.split, [[path.name, path.stat().st_size] for path in self.files]]
@@ -195,7 +195,7 @@ class StreamedRows:
 
     def take(self, cursor: Cursor, tokens: int) -> tuple[Tensor, Cursor]:
         """The rows from a cursor on that hold `tokens` tokens of text, and the cursor behind them."""
-        if cursor["source"] != self.start["source"]:
+        if cursor.get("source") != self.start["source"]:
             raise ValueError(f"{self.data.path or self.data.name} is not the text that this stream was reading")
         if self._reading is None or self._reading[0] != cursor:
             self._reading = (cursor, self._endless(cursor))
@@ -209,7 +209,7 @@ class StreamedRows:
         return torch.tensor(chosen), cursor
 
     def _length(self, row: list[int]) -> int:
-        return sum(token not in self.special for token in row)
+        return sum(token not in self._special for token in row)
 
     def _endless(self, cursor: Cursor) -> Iterator[tuple[list[int], Cursor]]:
         yield from self._epoch(cursor, self.counts)

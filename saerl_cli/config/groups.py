@@ -129,7 +129,8 @@ class DataConfig:
     heldout: float = 0.1
     """Share of documents, from the end, that training never sees, in (0, 0.5]; not used with `stream`."""
     stream: bool = False
-    """Read documents as training needs them, never all in memory; for text larger than that. Text or Hub only."""
+    """Read documents as training needs them, never all in memory; for text larger than that. Text or Hub only; a json
+    list is parsed whole."""
     heldout_documents: int = 1000
     """With `stream`: the first so many documents, which training never sees."""
     max_documents: int | None = None
