@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ WORDS = [
 ]
 WORDS += ["eval_tokens=1500", "log_every=5", "checkpoint_every=10"]
 ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), num_processes=1, process_index=0, wait_for_everyone=lambda: None
+    device=torch.device("cpu"), num_processes=1, process_index=0, wait_for_everyone=lambda: None, autocast=nullcontext
 )
 
 

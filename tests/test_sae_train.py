@@ -496,21 +496,21 @@ def test_activations_that_are_not_finite_name_the_step(kind):
     trainer.name = "mlp_out.3"
     batches = data()
     batches[2, 5, 1] = float("nan")
-    with pytest.raises(ValueError, match="step 2: activations at mlp_out.3 are NaN or infinite"):
+    with pytest.raises(ValueError, match="step 3: activations at mlp_out.3 are NaN or infinite"):
         for x in batches:
             trainer.step(x)
 
 
 def test_a_batch_of_nothing_but_outliers_stops_the_run():
     trainer = trained("topk", data(2))
-    with pytest.raises(ValueError, match="step 2: no activation is left of the batch"):
+    with pytest.raises(ValueError, match="step 3: no activation is left of the batch"):
         trainer.step(torch.empty(0, 12))
 
 
 def test_a_gradient_that_is_not_finite_names_the_step():
     trainer = trained("topk", data(2))
     trainer.p["decoder"].data[3] = float("inf")
-    with pytest.raises(ValueError, match="step 2: the gradient of the SAE at SAE is nan; lower sae.lr"):
+    with pytest.raises(ValueError, match="step 3: the gradient of the SAE at SAE is nan; lower sae.lr"):
         trainer.step(data(1)[0])
 
 

@@ -6,7 +6,8 @@ summed, so that n processes with batch B train what one process with batch B wou
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from saerl_cli.activations import check_stream, iter_documents, planted_reviews, row_length
@@ -115,7 +116,8 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
         place,
     )
     try:
-        seconds = _train(config, run, plans, trainers, stream, seconds, reduce)
+        with _autocast(loaded.model, accelerator):
+            seconds = _train(config, run, plans, trainers, stream, seconds, reduce)
         _account(run, stream, reduce, accelerator)
     finally:
         stream.close()
@@ -156,6 +158,22 @@ def _trainers(plans: list[Planned], accelerator: "Accelerator", reduce: Reduce) 
         )
         for p in plans
     }
+
+
+@contextmanager
+def _autocast(model: Any, accelerator: "Accelerator") -> Iterator[None]:
+    """The language model's forward passes in launch.mixed_precision; SAEs have their own `encoder_dtype`."""
+    forward = model.forward
+
+    def in_lower_precision(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = in_lower_precision
+    try:
+        yield
+    finally:
+        model.forward = forward
 
 
 def _sum_over_processes(accelerator: "Accelerator") -> Reduce:

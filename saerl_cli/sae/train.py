@@ -114,7 +114,9 @@ class SaeTrainer:
         """
         total = int(self.processes.total(torch.tensor(len(x), device=x.device)))
         if total == 0:
-            raise ValueError(f"step {self.step_number}: no activation is left of the batch; raise activations.outlier_norm")
+            raise ValueError(
+                f"step {self.step_number + 1}: no activation is left of the batch; raise activations.outlier_norm"
+            )
         x = x.float()
         y = x if target is None else target.float()
         if self.step_number == 0:
@@ -209,8 +211,8 @@ class SaeTrainer:
         if norm == norm and norm != float("inf"):
             return norm
         if not (batch.x.isfinite().all() and batch.y.isfinite().all()):
-            raise ValueError(f"step {self.step_number}: activations at {self.name} are NaN or infinite")
-        raise ValueError(f"step {self.step_number}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
+            raise ValueError(f"step {self.step_number + 1}: activations at {self.name} are NaN or infinite")
+        raise ValueError(f"step {self.step_number + 1}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
 
     def _cut(self, x: Tensor, total: int) -> Tensor:
         """The threshold that the final weights need to keep k a token on this batch."""
