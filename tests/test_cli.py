@@ -15,7 +15,7 @@ from saerl_cli.run.jobs import JOBS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "matplotlib")
-COMMANDS = ("demo", "train-lm", "train-sae", "rlhf", "evaluate", "export", "report", "runs", "completion")
+COMMANDS = ("demo", "train-lm", "train-sae", "eval-sae", "rlhf", "evaluate", "export", "report", "runs", "completion")
 
 
 def imported(*words: str, **env: str) -> set[str]:

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 from saerl_cli.config.sae import Architecture, DecoderNorm, EncoderDtype, Kernel, Penalty, SaeConfig
 from saerl_cli.sae.forms import FORMS
 from saerl_cli.sae.forms.common import Batch, Processes
-from saerl_cli.sae.forms.topk import likely, select_in_batch
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
+from saerl_cli.sae.selection import largest_per_token, likely, select_in_batch
 
 D_IN, D_SAE, N = 6, 16, 30
 BASE = SaeConfig(expansion=None, d_sae=D_SAE, k=4, prefixes=[0.25, 0.5, 1.0], l1=0.5, l0=0.3, bandwidth=0.5)
@@ -231,6 +231,19 @@ def test_a_guess_that_leaves_too_few_is_given_up():
     scores[::2] = 5.0  # the sample sees only these
     layout, found = likely(scores, 1500)
     assert len(found) == scores.numel() == len(layout.feature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["plain", "sample is large", "sample is small", "ties", "empty"])
+def test_the_largest_of_every_token_are_found(case, dtype):
+    """Whatever the sample of features suggests: no bound is trusted."""
+    scores = torch.randn(0 if case == "empty" else 200, 512, generator=torch.Generator().manual_seed(0))
+    scores[:, :32] += {"sample is large": 5.0, "sample is small": -5.0}.get(case, 0.0)
+    scores = scores.round() if case == "ties" else scores
+    scores = scores.to(dtype)
+    found, expected = largest_per_token(scores, 16), scores.topk(16, dim=-1).values
+    assert torch.equal(scores.gather(1, found).sort(-1, descending=True).values, expected)
+    assert all(len(row.unique()) == 16 for row in found)
 
 
 def test_features_chosen_with_value_zero_have_not_fired():

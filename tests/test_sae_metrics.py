@@ -181,8 +181,10 @@ def test_losses_equal_a_slow_loop(loaded, rows):
     assert metrics["kl_spliced"] == pytest.approx(sum(divergence) / len(divergence), abs=1e-5)
 
 
-def test_processes_add_up(loaded, rows):
-    """Two processes give the numbers of one: threads whose reductions wait for each other."""
+@pytest.mark.parametrize("count", [1, 7])
+def test_processes_add_up(loaded, rows, count):
+    """Two processes give the numbers of one: threads whose reductions wait for each other. One may have no row."""
+    rows = rows[:count]
     sites = resolve_sites(["mlp_out.1"], loaded.model)
     saes, special = {"mlp_out.1": random_sae(sites[0].width)}, special_ids(loaded.tokenizer)
     whole = evaluate_saes(loaded.model, sites, saes, rows, special)["mlp_out.1"]
@@ -202,17 +204,10 @@ def test_processes_add_up(loaded, rows):
     copies = [copy.deepcopy(loaded.model) for _ in range(2)]  # hooks of two threads must not meet
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(process, range(2)):
-            for key in (
-                "fvu",
-                "fvu_se",
-                "l0",
-                "l0_se",
-                "ce_recovered",
-                "ce_recovered_se",
-                "kl_spliced_se",
-                "dead_heldout",
-            ):
-                assert found[key] == pytest.approx(whole[key], rel=1e-5), key
+            assert set(found) == set(whole)
+            for key in {"fvu", "l0", "ce_recovered", "dead_heldout", *(k for k in whole if k.endswith("_se"))}:
+                if key != "ev_legacy_se":  # depends on the batches
+                    assert found[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-7), key
             assert found["tokens_heldout"] == whole["tokens_heldout"]
 
 

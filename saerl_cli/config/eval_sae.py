@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
+from saerl_cli.config.groups import LaunchConfig, refuse_unless
 
 
 @dataclass
@@ -14,10 +14,10 @@ class EvalSaeConfig:
 
     saes: Any = MISSING
     """Run directory of `saerl train-sae`, its sae folder, an SAE folder, a folder of these, or a list of folders."""
-    model: ModelConfig | None = None
-    """The language model; the one that the SAEs' run records when empty."""
-    data: DataConfig | None = None
-    """The text whose held-out part is read; that of the SAEs' run when empty."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The language model: a choice of model=…, or single settings that differ from the model of the SAEs' run."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The text whose held-out part is read: a choice of data=…, or single settings that differ from the run's."""
     eval_tokens: int = 50_000
     """Held-out tokens for the metrics, at most what there is."""
     probes: str | None = None

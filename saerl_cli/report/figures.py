@@ -143,17 +143,18 @@ def sae_frontier(points: Sequence[dict[str, Any]], label: str, log: bool) -> Fig
         panel.set_title(site, fontsize=10, color=GREY, parse_math=False)
         if log and all(point["value"] > 0 for point in here):
             panel.set_yscale("log")
-            log_axis(panel.yaxis)
+            log_axis(panel.yaxis, [point["value"] for point in here])
         if all(point["l0"] > 0 for point in here):
             panel.set_xscale("log")
-            log_axis(panel.xaxis)
+            log_axis(panel.xaxis, [point["l0"] for point in here])
     legend_outside(figure, panels)
     return figure
 
 
-def log_axis(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def log_axis(axis: Any, values: Sequence[float]) -> None:
+    """Plain numbers on a logarithmic axis, more of them where the values span little."""
+    narrow = max(values) < 5 * min(values)
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if narrow else (1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -4,11 +4,11 @@ summary.json   {saes: {name: metrics}, controls: {name/control: metrics}, stabil
 table.csv      a line an SAE and a control, a column a metric
 figures/       SVG, and the numbers drawn as CSV
 report.html    table and figures
+firing_rates.safetensors    share of tokens on which each feature fires, [d_sae] by name
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.report import figures
 from saerl_cli.run.directory import Run, versions
-from saerl_cli.run.files import write_text
+from saerl_cli.run.files import write_safetensors, write_text
 from saerl_cli.run.progress import say
 from saerl_cli.sae.evaluate import Evaluated, evaluate
 
@@ -48,10 +48,11 @@ def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
     print(aligned(table(found.saes)), flush=True)
     if found.controls:
         print("\n" + aligned(table(found.controls)), flush=True)
-    for line in warnings(found.saes):
+    for line in warnings(found.saes, found.controls):
         say(line)
     write_results(found, run.path, config)
-    parts = {key: value for key, value in asdict(found).items() if key != "inputs"}
+    write_safetensors(run.path / "firing_rates.safetensors", found.firing_rates)
+    parts = {key: getattr(found, key) for key in ("saes", "controls", "stability", "probes")}
     mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
     run.summary({"fvu_mean": mean_fvu, "seconds": round(time.monotonic() - start, 1), **parts})
     return mean_fvu
@@ -97,6 +98,8 @@ def cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
     """A number, with its standard error where there is one."""
     if metrics.get(key) is None:
         return "–"
+    if key == "site" and metrics["target"] != metrics["site"]:
+        return f"{metrics['site']} > {metrics['target']}"
     text, error = form.format(metrics[key]), metrics.get(f"{key}_se")
     return text if error is None else f"{text} ± {form.format(error)}"
 
@@ -110,7 +113,7 @@ def aligned(lines: Sequence[Sequence[str]], words: int = WORDS) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def warnings(saes: Metrics) -> list[str]:
+def warnings(saes: Metrics, controls: Metrics) -> list[str]:
     """What a reader must know before believing the numbers."""
     found = []
     for name, metrics in saes.items():
@@ -121,7 +124,31 @@ def warnings(saes: Metrics) -> list[str]:
                 f"{name}: {metrics['site']} sees the current token alone (parallel residual), so its SAE is trivially"
                 " good and no evidence"
             )
+        found += [f"{name}: {line}" for line in unconvincing(metrics, name, controls)]
     return found
+
+
+def unconvincing(metrics: Mapping[str, Any], name: str, controls: Metrics) -> list[str]:
+    """Where a control does as well as the SAE, two standard errors allowed."""
+    random, real, shuffled = (controls.get(f"{name}/{kind}") for kind in ("random", "real", "shuffled"))
+    found = []
+    if random is not None and not_below(metrics, random, "fvu"):
+        found.append(
+            f"random directions reconstruct as well (FVU {random['fvu']:.3f} at L0 {random['l0']:.1f}, the SAE"
+            f" {metrics['fvu']:.3f} at {metrics['l0']:.1f})"
+        )
+    if real is not None and shuffled is not None and not_below(real, shuffled, "fvu"):
+        found.append(
+            f"its like on shuffled weights reconstructs as well (FVU {shuffled['fvu']:.3f}, on real ones"
+            f" {real['fvu']:.3f}), so that its FVU is no sign that features were found"
+        )
+    return found
+
+
+def not_below(metrics: Mapping[str, Any], control: Mapping[str, Any], key: str) -> bool:
+    """Whether a number is not smaller than that of a control by more than two standard errors of the difference."""
+    error = (metrics.get(f"{key}_se", 0.0) ** 2 + control.get(f"{key}_se", 0.0) ** 2) ** 0.5
+    return metrics[key] > control[key] - 2 * error
 
 
 def probe_table(probes: Mapping[str, Any]) -> list[list[str]]:
@@ -241,7 +268,7 @@ def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
         "title": "What these SAEs are worth" if number > 1 else f"What the SAE {next(iter(found.saes))} is worth",
         "style": style(),
         "lead": f"{number} SAE{'s' * (number > 1)} of {found.inputs['model']['name']} on {tokens:,} held-out tokens.",
-        "warnings": warnings(found.saes),
+        "warnings": warnings(found.saes, found.controls),
         "words": WORDS,
         "numbers": table(found.saes),
         "controls": table(found.controls),

@@ -60,7 +60,7 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
     accelerator = Accelerator(
         cpu=config.launch.cpu,
         mixed_precision=config.launch.mixed_precision.value,
-        log_with=[tracker.value for tracker in config.launch.trackers],
+        log_with=[tracker.value for tracker in config.launch.trackers] or None,
         project_dir=folder,
     )
     check_world_size(accelerator.num_processes, config.launch.num_processes)

@@ -7,7 +7,7 @@ wrong_layer  the SAE itself at another layer of the same position (Newhouse and 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ from saerl_cli.activations import ActivationStream, capture, text_mask
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.models import Site, aliases
 from saerl_cli.sae.autoencoder import SAE
-from saerl_cli.sae.loop import train_saes
+from saerl_cli.sae.loop import training
 from saerl_cli.sae.metrics import first_rows
+from saerl_cli.sae.train import SaeTrainer
 
 if TYPE_CHECKING:
     from saerl_cli.sae.metrics import Place
@@ -50,7 +51,7 @@ def trained_alike(
     model: Any,
     saes: Mapping[str, SAE],
     settings: Mapping[str, SaeConfig],
-    sites: Mapping[str, Site],
+    places: Mapping[str, "Place"],
     rows: Tensor,
     special: Sequence[int],
     seed: int,
@@ -61,29 +62,32 @@ def trained_alike(
         model: its activations are learned from; that of the SAEs, or a shuffled one.
         saes: by any name.
         settings: by the same names, of those to be trained.
-        sites: by name, those of the SAEs.
+        places: by the same names.
         rows: training text as token ids, [rows, context_size].
         special: token ids to leave out.
         seed: of the order of text.
     """
-    by_batch: dict[int, dict[str, SaeConfig]] = {}
+    by_batch: dict[int, list[str]] = {}
     for name, config in settings.items():
-        by_batch.setdefault(config.batch_size, {})[name] = config
+        by_batch.setdefault(config.batch_size, []).append(name)
+    device = model.get_input_embeddings().weight.device
     found = {}
-    for batch_size, configs in by_batch.items():
-        places = {name: str(saes[name].site) for name in configs}
-        used = [sites[site] for site in sorted(set(places.values()))]
-        stream = ActivationStream(model, rows, used, special, batch_size, max(65_536, batch_size), seed)
-        found |= train_saes(for_each(stream, places), configs)
+    for batch_size, names in by_batch.items():
+        sites = list({site.name: site for name in names for site in places[name]}.values())
+        stream = ActivationStream(model, rows, sites, special, batch_size, max(65_536, batch_size), seed)
+        trainers, ends = {}, {}
+        for name in names:
+            source, target = places[name]
+            predicts = saes[name].transcoder
+            d_out = target.width if predicts else None
+            trainers[name] = SaeTrainer(source.width, settings[name], device, name=name, d_out=d_out)
+            ends[name] = (source.name, target.name if predicts else None)
+        for _ in training(stream, trainers, log_every=10**9, places=ends):
+            pass
+        found |= {name: trainer.finish() for name, trainer in trainers.items()}
     for name, sae in found.items():
-        sae.site = saes[name].site
+        sae.site, sae.target = saes[name].site, saes[name].target
     return found
-
-
-def for_each(stream: Iterator[dict[str, Tensor]], places: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Batches by site as batches by name of an SAE."""
-    for batch in stream:
-        yield {name: batch[site] for name, site in places.items()}
 
 
 # --- untrained controls ----------------------------------------------------------------------------------------------

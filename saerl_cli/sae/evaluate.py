@@ -1,9 +1,9 @@
 """What `saerl eval-sae` measures: SAEs of one model, each under the name of its folder, on the same held-out text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from saerl_cli.activations import documents, row_length
 from saerl_cli.config import typed
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from saerl_cli.sae.autoencoder import SAE
 
+T = TypeVar("T")
 HASH_UP_TO = 2**31
 """Bytes of weights that are hashed before the run; larger ones are compared when they are loaded."""
 PLACES = ("*", "sae/*", "*/sae/*")
@@ -60,35 +61,41 @@ def named_apart(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def settings(config: EvalSaeConfig, folders: dict[str, Path]) -> tuple[ModelConfig, DataConfig]:
-    """The model and the text: what is given, else what the run of the first SAE records.
+    """The model and the text: what the run of the first SAE records, changed by what is given.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither records nor gives one, or what is given is no setting.
     """
-    if config.model is not None and config.data is not None:
-        return config.model, config.data
     first = next(iter(folders.values()))
-    recorded = recorded_settings(first)
-    if recorded is None:
-        raise ValueError(f"{first} is in no run directory that records its model and text; write model=… data=…")
-    model, data = recorded
-    return config.model or model, config.data or data
+    recorded = {} if "kind" in config.model and "kind" in config.data else recorded_settings(first)
+    return combined("model", config.model, recorded, ModelConfig), combined("data", config.data, recorded, DataConfig)
 
 
-def recorded_settings(sae: Path) -> tuple[ModelConfig, DataConfig] | None:
-    """Model and text of the run directory that an SAE folder is in."""
+def combined(key: str, given: dict[str, Any], recorded: dict[str, Any], kind: type[T]) -> T:
+    """Given settings alone where they choose a kind, else on top of the recorded ones."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+
+    if "kind" not in given and key not in recorded:
+        raise ValueError(f"the SAEs are in no run directory that records their {key}; write {key}=…")
+    parts = [given] if "kind" in given else [recorded[key], given]
+    try:
+        return typed(OmegaConf.merge(*map(OmegaConf.create, parts)), kind)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{key}.{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def recorded_settings(sae: Path) -> dict[str, Any]:
+    """The config of the run directory that an SAE folder is in; empty outside of one."""
+    from omegaconf import OmegaConf
 
     for run in list(sae.absolute().parents)[:2]:
         file = run / ".hydra" / "config.yaml"
         if file.is_file():
-            try:
-                recorded: Any = OmegaConf.load(file)
-                return typed(recorded["model"], ModelConfig), typed(recorded["data"], DataConfig)
-            except (OmegaConfBaseException, KeyError, TypeError) as error:
-                raise ValueError(f"{file} names no model and text: {str(error).splitlines()[0]}") from None
-    return None
+            found = OmegaConf.to_container(OmegaConf.load(file))
+            if isinstance(found, dict):
+                return {str(key): value for key, value in found.items()}
+    return {}
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -140,7 +147,7 @@ def check_place(folder: Path, description: Any, sha256: str | None) -> None:
 def control_settings(config: dict[str, Any], tokens: int) -> SaeConfig | None:
     """The settings that a `cfg.json` records for an SAE's training, but with so many tokens and a start from scratch.
 
-    None for a transcoder and for an SAE that another tool trained.
+    None for an SAE that another tool trained.
 
     Raises:
         ValueError: the record cannot be read, or `tokens` is less than a batch.
@@ -149,7 +156,7 @@ def control_settings(config: dict[str, Any], tokens: int) -> SaeConfig | None:
     from omegaconf.errors import OmegaConfBaseException
 
     record = provenance(config)
-    if "training" not in record or record.get("target") is not None:
+    if "training" not in record:
         return None
     try:
         settings = typed(OmegaConf.create(dict(record["training"])), SaeConfig)
@@ -178,7 +185,7 @@ def known_sha256(model: ModelConfig) -> str | None:
 
 @dataclass
 class Evaluated:
-    """All that is known of some SAEs, as plain data."""
+    """All that is known of some SAEs, as plain data but for the firing rates."""
 
     saes: dict[str, dict[str, Any]]
     """Name of the SAE's folder -> what it is and its metrics."""
@@ -190,6 +197,8 @@ class Evaluated:
     """How well features tell labels; empty where nothing is labelled."""
     inputs: dict[str, Any]
     """The model and the SAEs by hash."""
+    firing_rates: "dict[str, Tensor]" = field(default_factory=dict)
+    """Share of the held-out tokens on which each feature fires, [d_sae] by name."""
 
 
 def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
@@ -222,8 +231,7 @@ def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
     rows = first_rows(rows, special, config.eval_tokens)
     say(f"measuring {len(saes)} SAEs on {rows.numel()} held-out tokens")
     metrics = evaluate_saes(loaded.model, sites, saes, rows, special)
-    for numbers in metrics.values():
-        del numbers["firing_rate"]
+    rates = {name: numbers.pop("firing_rate").float().cpu() for name, numbers in metrics.items()}
     controls = {}
     if config.controls:
         train = token_rows(documents(data, model, "train"), loaded.tokenizer, length)
@@ -237,6 +245,7 @@ def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
             "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
             "sae": {name: {"path": str(path), "sha256": sae_sha256(path)} for name, path in folders.items()},
         },
+        firing_rates=rates,
     )
 
 
@@ -265,11 +274,12 @@ def measured_controls(
 
     by_name = {site.name: site for site in sites}
     places = {name: place(name, sae, sites, model) for name, sae in saes.items()}
-    say(f"training controls on {config.control_tokens} tokens of the model, and of it with shuffled weights")
     shuffled = make.shuffled_model(model, config.seed)
     settings = {name: control_settings({"metadata": sae.metadata}, config.control_tokens) for name, sae in saes.items()}
     known = {name: recorded for name, recorded in settings.items() if recorded is not None}
-    trained = (saes, known, by_name, train, special, config.seed)
+    if known:
+        say(f"training controls for {len(known)} SAEs, on the model and on it with shuffled weights")
+    trained = (saes, known, places, train, special, config.seed)
     moved, others = make.elsewhere(saes, places, model)
     kinds = {
         "real": (model, make.trained_alike(model, *trained)),
@@ -308,7 +318,8 @@ def probes(
         examples = planted_examples(data, model, loaded, length, config.probe_tokens)
     else:
         return {}
-    return probe(loaded, sites, saes, examples)
+    read = {sae.site for sae in saes.values()}
+    return probe(loaded, [site for site in sites if site.name in read], saes, examples)
 
 
 def described(sae: "SAE", sites: Sequence[Site]) -> dict[str, Any]:

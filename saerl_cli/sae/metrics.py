@@ -74,6 +74,8 @@ def evaluate_saes(
         For each SAE the keys above, `density` (how many features have which firing rate), `firing_rate` [d_sae].
     """
     places = {name: place(name, sae, sites, model) for name, sae in saes.items()}
+    if len(rows) == 0:  # a process without a share must reduce with the others: a row without text adds nothing
+        rows = rows.new_full((1, rows.shape[1]), special[0])
     sums, fired = reconstructions(model, saes, places, rows, special)
     totals = {name: pooled(part, reduce) for name, part in sums.items()}
     means = {places[name][1].name: total["y"] / total["n"] for name, total in totals.items()}
@@ -165,7 +167,7 @@ def reconstruction_statistics(sums: Sums) -> dict[str, Tensor]:
         "ev_legacy": sums["legacy"] / n,
         "l0": sums["active"] / n,
         "l2_ratio": sums["ratio"] / n,
-        "gamma": sums["r2"] / sums["yr"].clamp_min(TINY),
+        "gamma": ratio(sums["r2"], sums["yr"], TINY),  # negative where the reconstruction points away
         "cosine": sums["cosine"] / n,
     }
 
@@ -291,17 +293,17 @@ def loss_statistics(sums: Sums) -> dict[str, Tensor]:
     losses = {f"ce_{name}": sums[name] / n for name in ("base", "spliced", "zero", "mean")}
     kl, kl_zero = sums["kl"] / n, sums["kl_zero"] / n
     return losses | {
-        "ce_recovered": recovered(losses["ce_zero"] - losses["ce_spliced"], losses["ce_zero"] - losses["ce_base"]),
+        "ce_recovered": ratio(losses["ce_zero"] - losses["ce_spliced"], losses["ce_zero"] - losses["ce_base"]),
         "kl_spliced": kl,
         "kl_zero": kl_zero,
-        "kl_recovered": recovered(kl_zero - kl, kl_zero),
+        "kl_recovered": ratio(kl_zero - kl, kl_zero),
     }
 
 
-def recovered(part: Tensor, room: Tensor) -> Tensor:
-    """`part / room`; where ablation costs nothing there is no room to recover, and 0 says so without a NaN."""
-    none = room.abs() <= 1e-9
-    return torch.where(none, 0.0, part / torch.where(none, 1.0, room))
+def ratio(part: Tensor, whole: Tensor, least: float = 1e-9) -> Tensor:
+    """`part / whole`, 0 without a whole: a site whose ablation costs nothing has nothing to recover, and no NaN."""
+    none = whole.abs() <= least
+    return torch.where(none, 0.0, part / torch.where(none, 1.0, whole))
 
 
 @contextmanager

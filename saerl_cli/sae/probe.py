@@ -55,7 +55,10 @@ class Examples:
 
     @property
     def training(self) -> "Tensor":
-        """Which examples probes are fitted on, bool [examples]: those of the first rows."""
+        """Which examples probes are fitted on, bool [examples]: those of the first rows.
+
+        Rows are not mixed: a document that the end of one row cuts begins the next one anew.
+        """
         return self.cluster < round(TRAIN_SHARE * len(self.rows))
 
 
@@ -229,13 +232,12 @@ def class_difference(
 
     device = loaded.model.get_input_embeddings().weight.device
     length = torch.bincount(examples.example[examples.example >= 0], minlength=len(truth))
-    weight = (examples.training / length.clamp_min(1)).double()  # a document is the mean of its tokens
     positive, negative = truth & examples.training[:, None], ~truth & examples.training[:, None]
     signed = positive / positive.sum(0) - negative / negative.sum(0)  # [examples, labels]
-    weights = (signed.double() * weight[:, None]).to(device)
+    weights = (signed / length.clamp_min(1)[:, None]).to(device)  # a document is the mean of its tokens
     total: dict[str, Tensor] = {}
     for name, example, features in tokens(loaded, sites, encoders, examples):
-        part = weights[example].T.float() @ features
+        part = weights[example].T @ features
         total[name] = total[name] + part if name in total else part
     return total
 

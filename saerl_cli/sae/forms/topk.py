@@ -4,19 +4,17 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
-from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, add, linear_gradients, pre_activations
-from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of, where
+from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, add, linear_gradients, pre_activations
+from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of
 from saerl_cli.sae.presets import auxk_weight
-
-SAMPLE_ROWS = 256
-"""Tokens from which the first guess of a batch's threshold is made."""
+from saerl_cli.sae.selection import largest_per_token, select_in_batch
 
 
 def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `topk` of `saerl_cli.sae.forms`."""
     norm = p["decoder"].norm(dim=-1)
     scores = pre_activations(p, batch, config.encoder_dtype, norm)
-    layout = rows_of(scores.topk(config.k, dim=-1, sorted=False).indices, len(norm))
+    layout = rows_of(largest_per_token(scores, config.k), len(norm))
     return reconstruction(p, batch, config, layout, scores, norm)
 
 
@@ -42,53 +40,6 @@ def reconstruction(
     if config.auxk > 0:
         into = into + auxiliary(p, batch, config, scores, norm, error, gradients)
     return Outcome(error, layout.count(values > 0), error.new_zeros(()), gradients, into)
-
-
-# --- the k n largest of a batch --------------------------------------------------------------------------------------
-
-
-def select_in_batch(scores: Tensor, wanted: int, processes: Processes) -> tuple[Sparse, Tensor]:
-    """The pairs with the `wanted` largest positive scores over all processes, and the smallest score among them.
-
-    Args:
-        scores: [n, d_sae] of this process.
-        wanted: pairs over all processes.
-        processes: who shares the batch.
-    """
-    candidates, found = likely(scores, wanted if processes.size == 1 else None)
-    if processes.size > 1:
-        largest = found.topk(min(wanted, len(found))).values
-        shares = largest.new_zeros(processes.size, wanted)
-        shares[processes.rank, : len(largest)] = largest
-        everyone = processes.total(shares).view(-1)
-    else:
-        everyone = found
-    everyone = everyone[everyone > 0]
-    if len(everyone) == 0:
-        return candidates, full_precision(scores.new_zeros(()))
-    threshold = everyone.topk(min(wanted, len(everyone)), sorted=False).values.min()
-    kept = found >= threshold
-    layout = Sparse(candidates.token[kept], candidates.feature[kept], candidates.tokens, candidates.d_sae)
-    return layout, threshold
-
-
-def likely(scores: Tensor, wanted: int | None) -> tuple[Sparse, Tensor]:
-    """Pairs among which the `wanted` largest positive scores are, and their scores; all positive ones for None.
-
-    A guess from a sample of the tokens leaves about twice as many pairs as wanted; where it leaves too few, all
-    positive ones are taken. The result of a selection is the same; a sort of everything would cost ten times as much.
-    """
-    n, d_sae = scores.shape
-    if wanted is not None and n > SAMPLE_ROWS:
-        sample = scores[:: n // SAMPLE_ROWS]
-        twice = min(2 * wanted * len(sample) // n, sample.numel())
-        guess = sample.reshape(-1).topk(twice, sorted=False).values.min()
-        if guess > 0:
-            layout = where(scores >= guess)
-            if len(layout.feature) >= wanted:
-                return layout, layout.take(scores)
-    layout = where(scores > 0)
-    return layout, layout.take(scores)
 
 
 # --- dead features ---------------------------------------------------------------------------------------------------
