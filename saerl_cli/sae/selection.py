@@ -26,7 +26,7 @@ def largest_per_token(scores: Tensor, k: int) -> Tensor:
     three quarters (k 32).
     """
     d_sae = scores.shape[1]
-    if scores.device.type == "cpu" and k >= 16 and 16 * k <= d_sae <= 128 * k:
+    if scores.device.type == "cpu" and len(scores) > 0 and k >= 16 and 16 * k <= d_sae <= 128 * k:
         found = _among_candidates(scores, k)
         if found is not None:
             return found
