@@ -95,6 +95,39 @@ MACHINE = [
     Case("rlhf", "not under torchrun", env=(("LOCAL_RANK", "0"),)),
     Case("train-sae hydra.run.dir=file/run", "file/run", needs=a_file("file")),
 ]
+SAES = [
+    Case("train-sae sae=nope", "there is no sae=nope; options are anthropic-apr24"),
+    Case("train-sae sae.tokens=0", "sae.tokens=0 is less than one batch"),
+    Case("train-sae sae.k=2000", "sae.k=2000 > d_sae=1024"),
+    Case("train-sae sae=relu sae.auxk=0.1", "sae.auxk belongs to topk, batchtopk and matryoshka, not to relu"),
+    Case("train-sae sae.preact=1", "sae.preact belongs to jumprelu, not to topk"),
+    Case("train-sae sae.controller=auto sae.target_l0=5", "sae.controller=auto needs sae.architecture relu"),
+    Case("train-sae sae=relu sae.controller=auto", "sae.target_l0 goes with sae.controller=auto"),
+    Case("train-sae sae=matryoshka sae.prefixes=[0.5,0.2,1]", "sae.prefixes must rise"),
+    Case("train-sae sae.tied=true", "sae.tied belongs to sae.architecture=relu"),
+    Case("train-sae sae.max_grad_norm=0", "sae.max_grad_norm must be > 0"),
+    Case("train-sae activations.buffer_tokens=100", "sae.batch_size=2048 exceeds activations.buffer_tokens=100"),
+    Case("train-sae activations.outlier_norm=0.5", "is a multiple of the median norm, > 1"),
+    Case("train-sae activations.cache=c activations.cache_gb=0", "activations.cache_gb must be > 0"),
+    Case(
+        "train-sae data=text data.path=a.txt data.stream=true activations.cache=c model=local model.path=.",
+        "activations.cache needs all text at once",
+        needs=a_file("a.txt", "a\n"),
+    ),
+    Case("train-sae sweep=[{kk:1}]", "sweep: there is no setting sae.kk"),
+    Case("train-sae sweep=[{sae:nope}]", "sweep: there is no preset sae=nope"),
+    Case("train-sae sweep=[{batch_size:1}]", "batch_size belongs to the stream"),
+    Case("train-sae site.names=[mlp_in.1] site.targets=[]", "site.targets names 0 sites for 1 of site.names"),
+    Case("train-sae site.names=[mlp_in.1] site.targets=[mlp_in.1]", "to itself is an autoencoder"),
+    Case("train-sae sae.init_from=nowhere", "nowhere"),
+    Case("eval-sae", "saes has no value; write saes=…"),
+    Case("eval-sae saes=nowhere", "nowhere"),
+    Case("eval-sae saes=a", "no SAE", needs=a_file("a/readme.txt")),
+    Case("export nowhere --to saelens", "nowhere"),
+    Case("export a --to numpy", "numpy", needs=a_file("a/readme.txt")),
+]
+if find_spec("wandb") is None:
+    SAES.append(Case("train-sae launch.trackers=[wandb]", "launch.trackers=[wandb] needs a package: pip install wandb"))
 JOBS = [
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
     Case("train-lm launch=cpu_2", "train-lm runs in one process"),
@@ -111,7 +144,7 @@ def place(empty_place: Path) -> Iterator[Path]:
         yield empty_place
 
 
-@pytest.mark.parametrize("case", [*WORDS, *CONTRADICTIONS, *MACHINE, *JOBS], ids=lambda case: case.words)
+@pytest.mark.parametrize("case", [*WORDS, *CONTRADICTIONS, *MACHINE, *SAES, *JOBS], ids=lambda case: case.words)
 def test_refused(case, place, monkeypatch, capfd):
     case.needs()
     before = sorted(place.rglob("*"))

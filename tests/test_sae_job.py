@@ -276,7 +276,9 @@ def test_sigkill_at_random_moments_changes_nothing(empty_place, tiny_world_model
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("architecture", ["topk", pytest.param("relu_unit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "architecture", ["topk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relu_unit", "matryoshka"))]
+)
 def test_two_processes_train_what_one_does(saerl, tiny_world_model, architecture):
     """The same batch split over two processes; sums are taken in another order, so bits may differ, digits not."""
     words = [

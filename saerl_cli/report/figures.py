@@ -208,7 +208,8 @@ def legend_outside(figure: Figure, panels: Sequence[Any]) -> None:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    columns = max(1, int(figure.get_figwidth() / 1.6))  # inches that a label takes
+    legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
     for text in legend.get_texts():
         text.set_parse_math(False)
 

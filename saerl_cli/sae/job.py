@@ -37,8 +37,8 @@ Reduce = Callable[["Tensor"], "Tensor"]
 
 def check(config: TrainSaeConfig) -> None:
     """Refuse what cannot work, before anything is written and without loading weights."""
-    description = describe(config.model)
     check_stream(config.data, config.activations, config.sae.batch_size)
+    description = describe(config.model)
     for planned in plan(config, description):
         _check_planned(planned)
     row_length(config.data, context_size(description))
