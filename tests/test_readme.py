@@ -19,6 +19,7 @@ SMALL = {
     "train-sae": [*TINY_WORDS, "sae.tokens=20_000", "activations.buffer_tokens=8192", "sae.k=8", "eval_tokens=2_000"],
     "rlhf": [*TINY_WORDS, "algo.phases=2", "evaluation.samples=16", "checkpoint_every=1"],
     "evaluate": ["evaluation.samples=16"],
+    "eval-sae": ["eval_tokens=2_000", "probe_tokens=2_000", "control_tokens=4_096"],
 }
 
 
@@ -67,6 +68,16 @@ def test_the_walk_through_runs(saerl, empty_place):
         done = saerl(*words, *SMALL.get(words[0], []))
         assert done.returncode == 0, (words, done.stderr)
     assert "sparse_coeffs" in Path("runs/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_about_saes_run(saerl, empty_place):
+    assert saerl("train-sae", *SMALL["train-sae"], "hydra.run.dir=runs/saes").returncode == 0
+    for words in commands("SAEs alone"):
+        done = saerl(*words, *SMALL.get(words[0], []))
+        assert done.returncode == 0, (words, done.stderr)
+    assert len(list(Path("runs/sweep/sae").iterdir())) == 7
+    assert list(Path("runs").glob("eval_sae/**/report.html"))
 
 
 @pytest.mark.slow
