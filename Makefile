@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FAST := not slow and not gpu and not slurm and not browser
-CODE := saerl_cli tests
+CODE := saerl_cli tests experiments
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-dist test-slurm test-gpu check format wheel clean

@@ -16,8 +16,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from saerl_cli.activations import ActivationStream
 from saerl_cli.config.sae import Resample, SaeConfig
 from saerl_cli.models import resolve_sites
-from saerl_cli.sae.loop import training
 from saerl_cli.sae.layout import Scratch
+from saerl_cli.sae.loop import training
 from saerl_cli.sae.train import SaeTrainer
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,7 +1,7 @@
 """saerl's trainer under the peers' harness: the public entry point, AuxK and dead counts on, saved and reloaded.
 
-Run by the harness (its README says how), which puts `common` on the path:
-  run_all.py --only run_saelens,run_dictionary_learning,run_sparsify,PATH/run_saerl.py --python-for run_saerl=PYTHON -- …
+Run by the harness (its README says how), which puts `common` on the path; PYTHON is that of saerl's environment:
+  run_all.py --only run_saelens,run_sparsify,PATH/run_saerl.py,PATH/run_saerl.py:--bf16 --python-for run_saerl=PYTHON
 """
 
 import common  # first: switches bytecode files off

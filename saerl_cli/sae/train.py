@@ -34,7 +34,7 @@ from saerl_cli.sae.presets import canonical_l1
 
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
 MEDIAN_ROUNDS = 100
-APPROACHING = 0.01  # share by which L0 must have moved towards its target for the controller to wait
+APPROACHING = 0.9  # the controller waits where L0 is at most so far from its target as at the last decision
 BUFFERS = ("scale", "target_scale", "offset", "variance", "factor", "l0_sum", "l0_last", "cut")
 COUNTERS = ("silent", "fires", "seen")
 
@@ -252,11 +252,11 @@ class SaeTrainer:
         done = self.step_number + 1
         if done % config.control_every:
             return
-        l0, last = float(self.l0_sum) / config.control_every, float(self.l0_last)
+        target = config.target_l0 or 0
+        off, last = float(self.l0_sum) / config.control_every - target, float(self.l0_last) - target
         self.l0_sum.zero_()
-        self.l0_last.fill_(l0)
-        off = l0 - (config.target_l0 or 0)
-        approaching = (last - l0 if off > 0 else l0 - last) > APPROACHING * last and last > 0
+        self.l0_last.fill_(off + target)
+        approaching = off * last > 0 and abs(off) < APPROACHING * abs(last)
         acting = done * config.batch_size > config.control_after_tokens and not approaching
         if acting and abs(off) > config.control_band:
             self.factor *= config.control_factor if off > 0 else 2 - config.control_factor
