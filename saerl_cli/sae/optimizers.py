@@ -1,7 +1,7 @@
 """How parameters step: torch's fused Adam, or the sign of the gradient under schedule-free momentum.
 
 An optimiser here is anything with `step(lr)`, `state` (tensor -> its moments, a row a feature where the tensor has
-one), and `result(parameter)`, what training has arrived at.
+one), `forget(parameter, rows)` for rows that were replaced, and `result(parameter)`, what training has arrived at.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ class Adam:
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
+
+    def forget(self, parameter: Tensor, rows: Tensor) -> None:
+        """Zero the moments of rows, [m]."""
+        for moment in self.state[parameter].values():
+            if moment.ndim:
+                moment[rows] = 0
 
     def result(self, parameter: Tensor) -> Tensor:
         """The parameter itself."""
@@ -59,6 +65,10 @@ class ScheduleFreeSignum:
             share = lr * lr / float(state["weight"]) if lr else 0.0
             average = average.lerp(state["z"], share)
             y.copy_(average.lerp(state["z"], 1 - self.beta))
+
+    def forget(self, parameter: Tensor, rows: Tensor) -> None:
+        """Let z, and with it x, begin at the new rows, [m]."""
+        self.state[parameter]["z"][rows] = parameter.detach()[rows]
 
     def result(self, parameter: Tensor) -> Tensor:
         """The average x."""

@@ -294,14 +294,8 @@ class SaeTrainer:
         for name, parameter in self.trainable().items():
             if name in rows:
                 parameter[dead] = rows[name]
-                for moment in self.optimizer.state[parameter].values():
-                    if moment.ndim:
-                        moment[dead] = rows[name] if self._is_iterate(moment, parameter) else 0
+                self.optimizer.forget(parameter, dead)
         self.firing.looked(dead)
-
-    def _is_iterate(self, moment: Tensor, parameter: Tensor) -> bool:
-        """Whether an optimiser's tensor is a copy of the parameter and no moment of its gradient."""
-        return any(moment is value for name, value in self.optimizer.state[parameter].items() if name == "z")
 
     def _whole(self, share: Tensor, positions: Tensor) -> Tensor:
         whole = share.new_zeros(self.config.batch_size, *share.shape[1:])
