@@ -14,6 +14,7 @@ PUBLIC = {
     "activation_batches": "saerl_cli.activations",
     "train_saes": "saerl_cli.sae.loop",
     "load_sae": "saerl_cli.sae.files",
+    "open_sae": "saerl_cli.sae.files",
     "SparseCoeffConfig": "saerl_cli.adapter",
     "sparse_coeffs": "saerl_cli.adapter",
     "PPOConfig": "saerl_cli.rl.ppo_config",

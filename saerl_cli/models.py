@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INSTEAD = "without a network, model=planted and model=local model.path=DIR work"
 SNAPSHOT = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]  # never pickles, never Python files
+HASH_UP_TO = 2**31
+"""Bytes of weights that are hashed before a run; larger ones are compared when they are loaded."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 # Position -> module of layer L. The hidden layer of a gated MLP is no module's output, so Llamas have no mlp_hidden.
@@ -428,6 +430,18 @@ def output_tensor(output: Any) -> "Tensor":
 
 
 # --- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def known_sha256(model: ModelConfig) -> str | None:
+    """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.world.cache import planted_folder
+
+        folder = planted_folder(model.world)
+    else:
+        folder = locate(model) if model.kind is ModelKind.local else None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+    return folder_sha256(folder) if folder and 0 < size <= HASH_UP_TO else None
 
 
 def folder_sha256(folder: Path) -> str:

@@ -112,6 +112,25 @@ def test_reconstruct_untouched_is_the_reconstruction(k: int | None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_jumprelu_features_are_scaled_where_they_exceed_their_threshold(kind: str):
+    _, h, delta, shift = case(None)
+    sae = SAE(6, 20, "jumprelu").double()
+    sae.load_state_dict(case(None)[0].state_dict() | {"threshold": torch.linspace(0.1, 0.8, 20).double()})
+    pre = (h - sae.b_dec) @ sae.W_enc + sae.b_enc
+    moved = (1 + delta) * pre + shift
+    f, f_moved = (z * (z > sae.threshold) for z in (pre, moved))
+    expected = {
+        "error_preserving": h + (delta * f) @ sae.W_dec,
+        "reconstruct": ((1 + delta) * f) @ sae.W_dec + sae.b_dec,
+        "pre_activation": h + (f_moved - f) @ sae.W_dec,
+    }
+    assert torch.allclose(splice(sae, h, kind, delta, shift), expected[kind])
+    fixed = fixed_splice(nn.Identity(), sae, kind, delta * (torch.arange(20) < 5), shift * (torch.arange(20) < 5))
+    chosen = [splice(sae, h, kind, delta * (torch.arange(20) < 5), shift * (torch.arange(20) < 5)), fixed(h)]
+    assert torch.allclose(*chosen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_low_precision_stream_is_spliced_in_float32(kind: str):
     sae, h, delta, shift = case(4, torch.float32)
     low = h.bfloat16()

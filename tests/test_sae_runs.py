@@ -325,3 +325,15 @@ def test_every_sae_of_a_plan_has_its_own_name(tiny_world_model):
     config = tiny(site=SiteConfig(names=["mlp_out.*"]), sweep=[{"k": [4, 8]}])
     names = [planned.name for planned in plan(config, describe(config.model))]
     assert names == ["mlp_out.0-k_4", "mlp_out.0-k_8", "mlp_out.1-k_4", "mlp_out.1-k_8"]
+
+
+def test_coefficients_on_a_transcoder_are_refused(tmp_path, tiny_world_model):
+    from saerl_cli.config.groups import AdapterConfig, AdapterKind
+    from saerl_cli.models import describe
+    from saerl_cli.rl.check import check_saes
+
+    trained(tmp_path, site=SiteConfig(names=["mlp_in.1"], targets=["mlp_out.1"]))
+    model = tiny().model
+    adapter = AdapterConfig(kind=AdapterKind.sparse_coeffs, saes=str(tmp_path))
+    with pytest.raises(ValueError, match="is a transcoder, which predicts another site than mlp_in.1"):
+        check_saes(adapter, model, describe(model))

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from saerl_cli.models import Loaded, resolve_sites
-from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, sae_sha256
+from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, refuse_transcoder, sae_sha256
 
 PEFT_TYPE: Any = "SPARSE_COEFFS"  # PEFT's own types are string enums, so a plain string is as good a key
 SPLICES = ("error_preserving", "reconstruct", "pre_activation")
@@ -142,7 +142,8 @@ def sparse_coeffs(
         (site,) = resolve_sites([name], model)
         if site.module in modules:
             raise ValueError(f"two SAEs for {site.name} ({modules[site.module]} and {folder}); name one of them")
-        check_sae(Path(folder), model_sha256=model_sha256, width=site.width)
+        record = check_sae(Path(folder), model_sha256=model_sha256, width=site.width)
+        refuse_transcoder(record, str(folder), site.name)
         modules[site.module], hashes[site.module] = str(folder), sae_sha256(Path(folder))
         names[site.module] = site.name
     fields: dict[str, Any] = {

@@ -8,13 +8,10 @@ from typing import Any
 from saerl_cli.activations import documents
 from saerl_cli.config.groups import AdapterConfig, AdapterKind, DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.models import Site, context_size, describe, folder_sha256, light_tokenizer, locate, resolve_sites
+from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.prompts import cut_prompts, refuse_too_few
-from saerl_cli.sae.files import check_sae, find_saes, provenance
-
-HASH_UP_TO = 2**31
-"""Bytes of weights that are hashed before the run; larger ones are compared when they are loaded."""
+from saerl_cli.sae.files import check_sae, find_saes, provenance, refuse_transcoder
 
 
 def check(config: RlhfConfig) -> None:
@@ -46,6 +43,7 @@ def check_saes(adapter: AdapterConfig, model: ModelConfig, description: Any) -> 
     for name, folder in saes.items():
         (site,) = resolve_sites([name], description)
         config = check_sae(folder, model_sha256=sha256, width=site.width)
+        refuse_transcoder(config, folder, site.name)
         check_module(site, folder, provenance(config).get("module"))
     return saes
 
@@ -63,18 +61,6 @@ def chosen_saes(adapter: AdapterConfig) -> dict[str, Path]:
     if missing:
         raise ValueError(f"there is no SAE of {missing[0]} in {adapter.saes}; there are {', '.join(sorted(saes))}")
     return {site: saes[site] for site in (adapter.sites or sorted(saes))}
-
-
-def known_sha256(model: ModelConfig) -> str | None:
-    """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
-    if model.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_folder
-
-        folder = planted_folder(model.world)
-    else:
-        folder = locate(model) if model.kind is ModelKind.local else None
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-    return folder_sha256(folder) if folder and 0 < size <= HASH_UP_TO else None
 
 
 def check_prompts(config: RlhfConfig, description: Any) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from saerl_cli.activations import documents, row_length
 from saerl_cli.config import typed
 from saerl_cli.config.eval_sae import EvalSaeConfig
-from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
+from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
-from saerl_cli.models import Loaded, Site, context_size, describe, folder_sha256, locate, resolve_sites
+from saerl_cli.models import Loaded, Site, context_size, describe, known_sha256, resolve_sites
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
 from saerl_cli.sae.files.saelens import site_of
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from saerl_cli.sae.autoencoder import SAE
 
 T = TypeVar("T")
-HASH_UP_TO = 2**31
-"""Bytes of weights that are hashed before the run; larger ones are compared when they are loaded."""
 PLACES = ("*", "sae/*", "*/sae/*")
 """Where SAE folders are in a folder of SAEs, a run of train-sae, a folder of such runs."""
 
@@ -166,18 +164,6 @@ def control_settings(config: dict[str, Any], tokens: int) -> SaeConfig | None:
     if tokens < settings.batch_size:
         raise ValueError(f"control_tokens={tokens} is less than one batch of {settings.batch_size} tokens; raise it")
     return replace(settings, tokens=tokens, init_from=None)
-
-
-def known_sha256(model: ModelConfig) -> str | None:
-    """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
-    if model.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_folder
-
-        folder = planted_folder(model.world)
-    else:
-        folder = locate(model) if model.kind is ModelKind.local else None
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-    return folder_sha256(folder) if folder and 0 < size <= HASH_UP_TO else None
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

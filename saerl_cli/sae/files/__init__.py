@@ -15,6 +15,7 @@ from saerl_cli.sae.files.saelens import (
     load_sae,
     provenance,
     read_sae_config,
+    refuse_transcoder,
     sae_sha256,
     save_sae,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "open_sae",
     "provenance",
     "read_sae_config",
+    "refuse_transcoder",
     "sae_sha256",
     "save_sae",
 ]

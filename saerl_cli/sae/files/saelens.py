@@ -224,6 +224,12 @@ def is_transcoder(config: dict[str, Any]) -> bool:
     return config["architecture"].endswith("transcoder")
 
 
+def refuse_transcoder(config: dict[str, Any], folder: Path | str, site: str) -> None:
+    """`ValueError` for a transcoder where the SAE of a site is needed."""
+    if is_transcoder(config):
+        raise ValueError(f"{folder} is a transcoder, which predicts another site than {site}; give an SAE")
+
+
 def sae_sha256(folder: Path | str) -> str:
     """Hash of the weights file, by which adapters and runs name an SAE."""
     path = Path(folder) / WEIGHTS_FILE
