@@ -45,7 +45,11 @@ CLASSIC = {"architecture": "relu"} | ADAM | RAW | FLAT | {"l1_warmup": 0, "max_g
 TEN_MILLION = {"dead_after_tokens": 10_000_000}
 
 DL = ADAM | RAW | {"batch_size": 8192, "lr_warmup": 1000, "lr_decay": 0, "decoder_norm": "unit", "resample": "none"}
-DL_TOPK = DL | TEN_MILLION | {"architecture": "topk", "auxk": 1 / 32, "auxk_unit": "residual", "auxk_latents": None}
+DL_TOPK = (
+    DL
+    | TEN_MILLION
+    | {"architecture": "topk", "auxk": 1 / 32, "auxk_relu": True, "auxk_unit": "residual", "auxk_latents": None}
+)
 DL_TOPK |= {"centre": "median", "max_grad_norm": 1.0, "lr": 2e-4, "lr_at_width": 2**14}
 DL_MATRYOSHKA = DL_TOPK | {"architecture": "matryoshka", "auxk": 5**2 / 32, "max_grad_norm": 5**2}
 DL_MATRYOSHKA |= {"prefixes": [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0]}
@@ -63,7 +67,11 @@ SAELENS |= {"centre": "zeros", "max_grad_norm": 1.0, "dead_after_tokens": 1000 *
 SPARSIFY = RAW | TEN_MILLION | NO_REVIVAL | {"architecture": "topk", "k": 32, "expansion": 32, "centre": "mean"}
 SPARSIFY |= {"decoder_norm": "unit", "batch_size": 32 * 2048, "max_grad_norm": None, "lr_at_width": 2**14}
 ANTHROPIC = ADAM | {"scale": "norm", "centre": "zeros", "decoder_norm": "free", "lr_decay": 0.2, "max_grad_norm": 1.0}
-GEMMA = SPARSE_GRADIENT | NO_REVIVAL | {"architecture": "jumprelu", "lr": 7e-5, "lr_warmup": 1000, "scale": "rms"}
+GEMMA = (
+    SPARSE_GRADIENT
+    | NO_REVIVAL
+    | {"architecture": "jumprelu", "lr": 7e-5, "lr_warmup": 1000, "lr_shape": "cosine", "scale": "rms"}
+)
 GEMMA |= {"theta": 0.001, "bandwidth": 0.001, "ste_to_input": False, "decoder_norm": "unit", "batch_size": 4096}
 GEMMA |= {"l1_warmup": 10_000, "max_grad_norm": None, "lr_decay": 0}
 CONTROLLED = {"controller": "auto", "control_after_tokens": 5_000_000, "control_every": 200, "control_band": 5}
@@ -103,7 +111,14 @@ SOURCES = {
     | TEN_MILLION
     | FLAT
     | {"architecture": "topk", "lr": 1e-4, "eps": 6.25e-10, "k": 32, "d_sae": 32768, "expansion": None}
-    | {"auxk": 1 / 32, "auxk_unit": "relative", "auxk_latents": 256, "resample": "none", "batch_size": 131072}
+    | {
+        "auxk": 1 / 32,
+        "auxk_relu": True,
+        "auxk_unit": "relative",
+        "auxk_latents": 256,
+        "resample": "none",
+        "batch_size": 131072,
+    }
     | {"decoder_norm": "unit", "centre": "median", "max_grad_norm": None, "scale": "norm"},
     "dl-topk": DL_TOPK,
     "dl-batchtopk": DL_TOPK | {"architecture": "batchtopk"},

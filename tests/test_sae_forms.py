@@ -263,6 +263,20 @@ def test_the_auxiliary_loss_reaches_encoder_rows_that_never_fire():
     assert (computed(config, p, x, x, dead).gradients["encoder"][dead].norm(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("latents", [1, 4])
+def test_behind_a_relu_the_auxiliary_loss_reaches_only_what_is_positive(latents):
+    """With one latent of four the sparse layout is used, with four the dense one."""
+    config = settings("topk auxk", auxk_latents=latents, auxk_relu=True)
+    p, x, _, _ = problem(config)
+    dead = torch.arange(D_SAE) >= 4  # 12 dead features: one of them is few, four are many
+    p["b_enc"][dead] = -50.0
+    p["b_enc"][7] = 50.0
+    gradients = computed(config, p, x, x, dead).gradients["encoder"]
+    without = computed(replace(config, auxk=0.0), p, x, x, dead).gradients["encoder"]
+    changed = ((gradients - without).norm(dim=-1) > 1e-9).nonzero()[:, 0].tolist()
+    assert changed == [7]
+
+
 def test_half_of_the_window_below_the_threshold_counts_as_much_as_the_half_above():
     """z = theta - 0.1 and theta + 0.1 in a window of 0.5: both give d L0 / d theta = -1 / 0.5."""
     config = settings("jumprelu step", ste_to_input=False)

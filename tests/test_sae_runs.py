@@ -75,6 +75,11 @@ def test_points_of_a_sweep_by_hand():
     assert sweep_points(base, []) == {"": base}
 
 
+def test_a_preset_brings_what_it_builds_on():
+    point = sweep_points(SaeConfig(tokens=10**7, batch_size=512), [{"sae": "dl-demo-topk", "k": 8}])["dl-demo-topk-k_8"]
+    assert (point.auxk_relu, point.decoder_norm, point.lr, point.batch_size) == (True, DecoderNorm.unit, 3e-4, 512)
+
+
 def test_a_setting_that_is_a_list_takes_a_list_of_lists():
     base = SaeConfig(architecture=Architecture.matryoshka)
     assert list(sweep_points(base, [{"prefixes": [0.5, 1.0]}]))[0] == "prefixes_0.5_1.0"

@@ -1,7 +1,7 @@
 """Training: folding changes nothing, dead features and only they are replaced, schedules, controllers, exact resume."""
 
 from dataclasses import replace
-from math import sqrt
+from math import cos, pi, sqrt
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from saerl_cli.config.sae import (
     EncoderDtype,
     InputScale,
     L1Unit,
+    LrShape,
     Optimizer,
     Penalty,
     Resample,
@@ -446,6 +447,15 @@ def test_a_restored_trainer_continues_to_the_bit(kind):
     assert all(
         torch.equal(a, b) for a, b in zip(whole.finish().parameters(), second.finish().parameters(), strict=True)
     )
+
+
+def test_a_cosine_learning_rate_meets_the_linear_one_at_its_ends_and_middle():
+    linear = SaeTrainer(12, replace(SMALL, lr=1.0, lr_warmup=0.5, lr_decay=0.5))
+    cosine = SaeTrainer(12, replace(linear.config, lr_shape=LrShape.cosine))
+    for step, expected in ((9, 0.5), (19, 1.0), (4, (1 - cos(pi / 4)) / 2)):
+        linear.step_number = cosine.step_number = step
+        assert cosine.learning_rate() == pytest.approx(expected)
+        assert linear.learning_rate() == pytest.approx((step + 1) / 20)
 
 
 def test_without_clipping_gradients_keep_their_length():

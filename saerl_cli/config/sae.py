@@ -132,6 +132,13 @@ class Optimizer(Enum):
     """Sign of the gradient under schedule-free momentum (sparsify's default)."""
 
 
+class LrShape(Enum):
+    """How the learning rate rises and falls."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
 class EncoderDtype(Enum):
     """Precision of the encoder's matrix product; weights and optimiser stay float32."""
 
@@ -209,6 +216,8 @@ class SaeConfig:
     """Weight of reconstructing the error with dead features (topk, batchtopk, matryoshka); 1/32 in Gao et al. 2024."""
     auxk_unit: AuxkUnit = AuxkUnit.relative
     """What that weight is relative to."""
+    auxk_relu: bool = False
+    """Dead features enter it through a ReLU (Gao et al.'s code, dictionary_learning), and not as they are."""
     auxk_latents: int | None = None
     """Dead features a token used for that; d_in / 2 when empty."""
     preact: float = 0.0
@@ -245,9 +254,11 @@ class SaeConfig:
     """Number of features that `lr` is meant for; it is multiplied by sqrt(lr_at_width / d_sae) (Gao et al. 2024).
     Empty: `lr` as it is."""
     lr_warmup: float = 0.02
-    """Share of training, or steps where above 1, with a linearly rising learning rate."""
+    """Share of training, or steps where above 1, with a rising learning rate."""
+    lr_shape: LrShape = LrShape.linear
+    """Shape of its rise and its fall."""
     lr_decay: float = 0.2
-    """Share of training, or steps where above 1, at its end with a learning rate that falls linearly to 0."""
+    """Share of training, or steps where above 1, at its end with a learning rate that falls to 0."""
     beta1: float = 0.9
     """Adam's decay of the mean gradient; signum's momentum."""
     beta2: float = 0.999

@@ -131,13 +131,22 @@ def changed(base: SaeConfig, changes: dict[str, Any]) -> SaeConfig:
 
 def from_preset(base: SaeConfig, name: str) -> SaeConfig:
     """The option `name` of the config group `sae`, with the sizes and the budget of `base`."""
+    kept = {key: getattr(base, key) for key in KEPT}
+    return built(SaeConfig(), preset(name) | kept)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of an option of the config group `sae`, those of the options that it builds on included."""
     path = conf_dir() / "sae" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ValueError(f"sweep: there is no preset sae={name}; there are {known}")
-    settings: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
-    kept = {key: getattr(base, key) for key in KEPT}
-    return built(SaeConfig(), {key: value for key, value in settings.items() if key != "defaults"} | kept)
+    own: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    parents = [parent for parent in own.pop("defaults", []) if parent != "_self_"]
+    settings: dict[str, Any] = {}
+    for parent in parents:
+        settings |= preset(parent)
+    return settings | own
 
 
 def built(start: SaeConfig, changes: dict[str, Any]) -> SaeConfig:

@@ -8,7 +8,7 @@ resuming is exact.
 """
 
 from collections.abc import Mapping
-from math import sqrt
+from math import cos, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from saerl_cli.config.sae import (
     Controller,
     DecoderNorm,
     InputScale,
+    LrShape,
     SaeConfig,
 )
 from saerl_cli.sae import dead as revival
@@ -224,11 +225,14 @@ class SaeTrainer:
     # --- schedules ---------------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
-        """Of the coming step: up linearly, constant, down linearly to 0."""
+        """Of the coming step: up, constant, down to 0."""
         done, rest = self.step_number + 1, self.steps - self.step_number
         rise = done / max(self.config.in_steps(self.config.lr_warmup), 1)
         fall = rest / max(self.config.in_steps(self.config.lr_decay), 1)
-        return self.config.peak_lr(self.d_in) * max(0.0, min(1.0, rise, fall))
+        share = max(0.0, min(1.0, rise, fall))
+        if self.config.lr_shape is LrShape.cosine:
+            share = (1 - cos(pi * share)) / 2
+        return self.config.peak_lr(self.d_in) * share
 
     def weight(self) -> float:
         """Of the sparsity penalty in the coming step."""

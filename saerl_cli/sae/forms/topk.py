@@ -53,8 +53,8 @@ def auxiliary(
         auxk * V / V_res * 1/n sum |r - sum_j z_j D_j|^2,    r = y - x^, held constant
 
     over the `auxk_latents` dead features with the largest z_j |D_j|; V and V_res are the variances of y and r, which
-    `auxk_unit` can leave out. The pre-activations enter as they are, negative ones too: behind a ReLU a feature that is
-    negative everywhere would get no gradient.
+    `auxk_unit` can leave out. The pre-activations enter as they are, negative ones too: behind a ReLU (`auxk_relu`, as
+    in that paper's code) a feature that is negative everywhere gets no gradient.
 
     Returns:
         What it adds to the sum of d loss / d z, [d_sae].
@@ -67,12 +67,12 @@ def auxiliary(
     scaled = scores[:, dead]  # [n, dead]
     best = scaled.topk(latents, dim=-1, sorted=False).indices
     layout, values = chosen(full_precision(scaled) / norm[dead].clamp_min(1e-12), best)
+    values = values.relu() if config.auxk_relu else values
     decoder = p["decoder"][dead]
     weight = auxk_weight(config, variance(batch.y, batch), variance(error, batch).clamp_min(1e-30))
     rest = error + layout.decode(values, decoder)  # -(r - r^), [n, d_out]
     g = rest * (2 / batch.tokens * weight)
-    d_values = layout.dot(g, decoder)
-    d_values = d_values * (values != 0) if isinstance(layout, Dense) else d_values
+    d_values = layout.dot(g, decoder) * (values != 0)
     parts, into = linear_gradients(batch, layout, values, d_values, g)
     spread = {name: torch.zeros_like(gradients[name]).index_copy_(0, dead, parts[name]) for name in BY_FEATURE}
     add(gradients, spread)
