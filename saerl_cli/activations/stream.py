@@ -4,6 +4,7 @@ The order of everything is a pure function of (seed, step). A stream stands at a
 with it goes on with the batch, to the bit, that an uninterrupted one would serve.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Fill:
     """False where a token is an outlier, [n]."""
 
 
-class ShuffledStream:
+class ShuffledStream(ABC):
     """An endless iterator of shuffled activation batches, `dict` of site name -> [n, width].
 
     A buffer holds `buffer_tokens // batch_size` batches. Its memory is allocated once; every token is written to its
@@ -97,6 +98,7 @@ class ShuffledStream:
         self._future: Future[Fill] | None = None
         self._closed = False
 
+    @abstractmethod
     def _plan(self, index: int, cursor: Cursor) -> tuple[Tensor, Iterable[Chunk], Cursor]:
         """What fill number `index` holds.
 
@@ -104,11 +106,10 @@ class ShuffledStream:
             Place of each of this process's tokens in the order in which they arrive, [n], those from `capacity` on to
             be left out; the tokens; the cursor behind them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _first_tokens(self) -> dict[str, Tensor]:
         """Activations of the first forward pass over the text, in every process: site name -> [n, width]."""
-        raise NotImplementedError
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
