@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saerl_cli.config.groups import Per, RewardConfig, RewardKind, RewardPart
+from saerl_cli.config.reward import Per, RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rewards.lexicon import Lexicon, read_lexicon
 from saerl_cli.rewards.score import Part, Reward, build_reward, spread

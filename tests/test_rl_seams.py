@@ -11,7 +11,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, shuffle_sequence_dict
 
 from saerl_cli.rl import ppo_math
-from saerl_cli.rl.trainer import EpochSampler
+from saerl_cli.rl.rollouts import EpochSampler
 from saerl_cli.rl.value import PolicyValueOutput, add_value_head
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(16)]

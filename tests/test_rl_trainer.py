@@ -8,8 +8,8 @@ import torch
 from rl_fixtures import WORDS, build_trainer, good_share, prompts, tiny_model, trained, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from saerl_cli.rl.exact import Diverged
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
-from saerl_cli.rl.trainer import Diverged
 from saerl_cli.rl.value import is_value_parameter
 
 TIMES = {"seconds", "tokens_per_second", "samples_per_second"}

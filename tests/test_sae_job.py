@@ -18,15 +18,7 @@ from conftest import TINY_WORDS, TINY_WORLD
 from safetensors.torch import load_file
 
 from saerl_cli.config.activations import ActivationsConfig
-from saerl_cli.config.groups import (
-    DataConfig,
-    DataKind,
-    LaunchConfig,
-    ModelConfig,
-    ModelKind,
-    SiteConfig,
-    WorldConfig,
-)
+from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, SiteConfig, WorldConfig
 from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.run.directory import Run

@@ -333,7 +333,7 @@ def test_every_sae_of_a_plan_has_its_own_name(tiny_world_model):
 
 
 def test_coefficients_on_a_transcoder_are_refused(tmp_path, tiny_world_model):
-    from saerl_cli.config.groups import AdapterConfig, AdapterKind
+    from saerl_cli.config.adapter import AdapterConfig, AdapterKind
     from saerl_cli.models import describe
     from saerl_cli.rl.check import check_saes
 

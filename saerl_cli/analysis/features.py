@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from saerl_cli.activations import capture, documents, row_length, special_ids, text_mask, token_rows
 from saerl_cli.adapter.files import check_adapter, read_deltas
-from saerl_cli.config.groups import AdapterKind, ModelKind
+from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import Loaded, Site, load_model, resolve_sites
 from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.run.files import write_json

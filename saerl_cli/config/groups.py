@@ -6,8 +6,6 @@ OmegaConf accepts `Enum` and refuses `Literal`, hence the enumerations. `__post_
 from dataclasses import dataclass, field
 from enum import Enum
 
-from omegaconf import MISSING
-
 
 def refuse_unless(condition: bool, message: str) -> None:
     """Raise the `ValueError` that the command line turns into one line and exit code 2."""
@@ -15,7 +13,7 @@ def refuse_unless(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------------------------------------
 
 
 class ModelKind(Enum):
@@ -99,7 +97,7 @@ class ModelConfig:
             refuse_unless(self.revision is None, "model.revision belongs to a Hub model (model=hub or model=pythia-…)")
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 class DataKind(Enum):
@@ -157,7 +155,7 @@ class DataConfig:
         refuse_unless(self.context_size is None or self.context_size >= 2, "data.context_size must be >= 2")
 
 
-# --- site ------------------------------------------------------------------------------------------------------------
+# --- site -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -180,205 +178,7 @@ class SiteConfig:
         )
 
 
-# --- adapter ---------------------------------------------------------------------------------------------------------
-
-
-class AdapterKind(Enum):
-    """What RLHF may change."""
-
-    sparse_coeffs = "sparse_coeffs"
-    full = "full"
-
-
-class Splice(Enum):
-    """How coefficients enter the forward pass (formulas: `saerl_cli.adapter.layer`)."""
-
-    error_preserving = "error_preserving"
-    reconstruct = "reconstruct"
-    pre_activation = "pre_activation"
-
-
-@dataclass
-class AdapterConfig:
-    """The trainable parameters of RLHF, beside the value head."""
-
-    kind: AdapterKind = AdapterKind.full
-    """`sparse_coeffs` or a baseline."""
-    saes: str | None = None
-    """Run directory of `saerl train-sae`, its `sae` folder, or any folder of SAE folders (sparse_coeffs)."""
-    sites: list[str] | None = None
-    """Use only these sites of the folder; all of them when empty."""
-    splice: Splice = Splice.error_preserving
-    """How coefficients enter the forward pass."""
-    lr: float = 1e-4
-    """Peak learning rate of AdamW for these parameters."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; of delta, hence towards the untouched model."""
-
-    def __post_init__(self) -> None:
-        refuse_unless(self.lr > 0, f"adapter.lr must be > 0, got {self.lr}")
-        refuse_unless(self.weight_decay >= 0, f"adapter.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.kind is AdapterKind.full:
-            refuse_unless(
-                self.saes is None and self.sites is None,
-                "adapter.saes and adapter.sites belong to adapter=sparse_coeffs (the flag --sparse-coeffs)",
-            )
-        if self.kind is AdapterKind.sparse_coeffs:
-            refuse_unless(
-                self.saes is not None,
-                "adapter=sparse_coeffs needs adapter.saes=DIR, the run directory of `saerl train-sae` on this model",
-            )
-
-
-# --- reward ----------------------------------------------------------------------------------------------------------
-
-
-class RewardKind(Enum):
-    """Where a score comes from."""
-
-    world = "world"
-    """Tokens of an attribute of the embedded language, counted by its own labels."""
-    lexicon = "lexicon"
-    """Words with weights, counted in the completion."""
-    vader = "vader"
-    """Sentiment of the completion by the vaderSentiment library, in [-1, 1]."""
-    hf = "hf"
-    """A sequence-classification reward model."""
-    python = "python"
-    """Your own function."""
-
-
-class Per(Enum):
-    """What a count is divided by."""
-
-    completion = "completion"
-    """Nothing: the count itself."""
-    token = "token"
-    """The number of tokens (world) or words (lexicon) of the completion."""
-
-
-@dataclass
-class RewardPart:
-    """One score of a completion. The reward is the weighted sum of the parts."""
-
-    kind: RewardKind = MISSING
-    """Where the score comes from."""
-    weight: float = 1.0
-    """Factor in the sum; negative punishes."""
-    attribute: str | None = None
-    """Attribute of the embedded language (kind=world)."""
-    per: Per = Per.completion
-    """What counts are divided by (world, lexicon)."""
-    path: str | None = None
-    """Word list, a word and optionally a tab and its weight a line (lexicon); model folder or Hub id (hf)."""
-    words: dict[str, float] = field(default_factory=dict)
-    """Words and weights given here instead of a file (lexicon)."""
-    revision: str | None = None
-    """Hub revision of the reward model (hf)."""
-    batch_size: int = 16
-    """Completions scored at once (hf)."""
-    function: str | None = None
-    """module:function, called as f(prompts, completions, completion_ids) -> list of floats (python)."""
-
-    def __post_init__(self) -> None:
-        needs = {
-            RewardKind.world: ("attribute", self.attribute),
-            RewardKind.lexicon: ("path or words", self.path or self.words),
-            RewardKind.hf: ("path", self.path),
-            RewardKind.python: ("function", self.function),
-        }
-        if self.kind in needs:
-            name, value = needs[self.kind]
-            refuse_unless(bool(value), f"a reward part of kind {self.kind.value} needs {name}")
-        refuse_unless(self.batch_size >= 1, f"a reward part's batch_size must be >= 1, got {self.batch_size}")
-
-
-@dataclass
-class RewardConfig:
-    """The score of a completion: a weighted sum of named parts."""
-
-    parts: dict[str, RewardPart] = field(default_factory=dict)
-    """Name -> part, at least one; every part is logged under its name."""
-
-
-# --- algo ------------------------------------------------------------------------------------------------------------
-
-
-class Schedule(Enum):
-    """Learning rate over training."""
-
-    linear = "linear"
-    constant = "constant"
-
-
-@dataclass
-class AlgoConfig:
-    """PPO. A phase generates `rollouts` completions, then makes epochs x minibatches optimiser steps on them."""
-
-    phases: int = 60
-    """Phases of the run; episodes = phases x rollouts."""
-    rollouts: int = 64
-    """Completions a phase, over all processes."""
-    minibatches: int = 4
-    """Optimiser steps an epoch; divides rollouts / processes."""
-    micro_batch: int | None = None
-    """Completions a process puts through the model at once in scoring and updates (gradients add up); divides
-    rollouts / processes / minibatches, which it is when empty."""
-    epochs: int = 4
-    """Passes over the rollouts of a phase."""
-    max_new_tokens: int = 32
-    """Longest completion in tokens."""
-    temperature: float = 1.0
-    """Of sampling and scoring alike; a reported KL is that of the tempered policies."""
-    kl_coef: float = 0.05
-    """beta: the weight of log pi - log pi_ref in the per-token reward, > 0."""
-    kl_target: float | None = None
-    """Nats per completion; when given, beta adapts to reach it (Ziegler et al. 2019)."""
-    kl_horizon: float = 10_000.0
-    """Episodes over which beta adapts."""
-    gamma: float = 1.0
-    """Discount."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    cliprange: float = 0.2
-    """Clip of the probability ratio."""
-    cliprange_value: float = 0.2
-    """Clip of the value's change."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
-    value_lr: float = 1e-3
-    """Learning rate of the value head."""
-    max_grad_norm: float = 1.0
-    """Of the policy's and, separately, of the value head's gradient."""
-    whiten_advantages: bool = True
-    """Mean 0 and variance 1 over all processes and kept tokens."""
-    missing_eos_penalty: float | None = None
-    """Subtracted from the score of a completion that does not end."""
-    critic_warmup: int = 0
-    """First phases in which only the value head learns."""
-    schedule: Schedule = Schedule.linear
-    """Learning rates: linear to 0, or constant."""
-
-    def __post_init__(self) -> None:
-        for name in ("phases", "rollouts", "minibatches", "epochs", "max_new_tokens"):
-            refuse_unless(getattr(self, name) >= 1, f"algo.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("temperature", "kl_coef", "kl_horizon", "value_lr", "max_grad_norm", "cliprange"):
-            refuse_unless(getattr(self, name) > 0, f"algo.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            refuse_unless(0 <= getattr(self, name) <= 1, f"algo.{name} must be in [0, 1], got {getattr(self, name)}")
-        refuse_unless(
-            self.rollouts % self.minibatches == 0,
-            f"algo.minibatches={self.minibatches} must divide algo.rollouts={self.rollouts}",
-        )
-        refuse_unless(self.micro_batch is None or self.micro_batch >= 1, "algo.micro_batch must be >= 1")
-        refuse_unless(self.kl_target is None or self.kl_target > 0, "algo.kl_target must be > 0 nats")
-        refuse_unless(
-            0 <= self.critic_warmup < self.phases,
-            f"algo.critic_warmup={self.critic_warmup} leaves none of algo.phases={self.phases} for the policy",
-        )
-
-
-# --- launch ----------------------------------------------------------------------------------------------------------
+# --- launch -----------------------------------------------------------------------------------------------------------
 
 
 class Precision(Enum):

@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from saerl_cli.config.groups import (
-    AdapterConfig,
-    AlgoConfig,
-    DataConfig,
-    LaunchConfig,
-    ModelConfig,
-    RewardConfig,
-    refuse_unless,
-)
+from saerl_cli.config.adapter import AdapterConfig
+from saerl_cli.config.algo import AlgoConfig
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
+from saerl_cli.config.reward import RewardConfig
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.config.groups import RewardConfig, RewardKind, RewardPart
+from saerl_cli.config.reward import RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.lexicon import read_lexicon
 
 SCORE_HEADS = ("score.", "classifier.", "classification_head.", "sequence_summary.", "head.")

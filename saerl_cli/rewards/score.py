@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saerl_cli.config.groups import Per, RewardConfig, RewardKind, RewardPart
+from saerl_cli.config.reward import Per, RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.check import import_function
 from saerl_cli.rewards.lexicon import Lexicon, read_lexicon
 

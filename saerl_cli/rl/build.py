@@ -10,16 +10,19 @@ from datasets import Dataset
 from torch import Tensor
 
 from saerl_cli.activations import documents, row_length, token_rows
-from saerl_cli.config.groups import AdapterKind, Precision, Schedule
+from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.algo import Schedule
+from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
 from saerl_cli.rl.check import chosen_saes
+from saerl_cli.rl.exact import derived_seed
 from saerl_cli.rl.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
 from saerl_cli.rl.ppo_config import PPOConfig
 from saerl_cli.rl.prompts import Prompt, build_prompts, refuse_too_few
-from saerl_cli.rl.trainer import PPOTrainer, derived_seed
+from saerl_cli.rl.trainer import PPOTrainer
 from saerl_cli.run.directory import Run
 
 PURPOSES = ("shown", "spread", "summary")

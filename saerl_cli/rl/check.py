@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.activations import documents
-from saerl_cli.config.groups import AdapterConfig, AdapterKind, DataKind, Dtype, ModelConfig, ModelKind
+from saerl_cli.config.adapter import AdapterConfig, AdapterKind
+from saerl_cli.config.groups import DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward

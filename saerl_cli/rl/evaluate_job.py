@@ -37,12 +37,12 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     from saerl_cli.models import quiet_transformers
     from saerl_cli.rewards.score import TOTAL, build_reward
     from saerl_cli.rl.build import heldout_rows
+    from saerl_cli.rl.exact import derived_seed
     from saerl_cli.rl.measure import Sampling, measure
     from saerl_cli.rl.policy import load_policy
     from saerl_cli.rl.prompts import build_prompts
     from saerl_cli.rl.runs import run_config
     from saerl_cli.rl.summary import curse_words
-    from saerl_cli.rl.trainer import derived_seed
 
     start = time.monotonic()
     trained = run_config(config.policy)

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.config.groups import AdapterKind
+from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.check import check
 from saerl_cli.run.directory import Run

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from saerl_cli.config import typed
-from saerl_cli.config.groups import AdapterKind
+from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.run.directory import Run
 

@@ -11,56 +11,21 @@ held by `tests/test_rl_seams.py`.
 """
 
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import GenerationConfig, PrinterCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
-from saerl_cli.rl import checkpoint, ppo_math
+from saerl_cli.rl import ppo_math
+from saerl_cli.rl.exact import sample_what_is_scored
 from saerl_cli.rl.ppo_config import PPOConfig
-from saerl_cli.rl.value import add_value_head, is_value_parameter
-from saerl_cli.run.files import atomic_folder
-
-# TRL 1.16 reads a name that transformers 5.23 renames
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+from saerl_cli.rl.rollouts import RolloutTrainer
+from saerl_cli.rl.value import add_value_head
 
 
-class Diverged(ValueError):
-    """A loss, reward or parameter that is not finite; the message names the phase."""
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's sampler with an order that is a function of seed and epoch, so that a resumed run sees the same prompts.
-
-    The stock one seeds its generator once, and a resumed run would replay the order of epoch 0.
-    """
-
-    def __init__(self, stock: RepeatSampler, epoch: Callable[[], int]):
-        self.__dict__.update(stock.__dict__)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(derived_seed(self.seed or 0, self.epoch()))
-        yield from super().__iter__()
-
-
-def derived_seed(*numbers: int) -> int:
-    """A 32-bit seed that depends on every one of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(RolloutTrainer, GRPOTrainer):
     """PPO with a critic; trains whatever the model or the PEFT method leaves trainable.
 
     The reference is the adapter switched off, an adapter named `ref` (added for splices that differ from the base model
@@ -70,9 +35,7 @@ class PPOTrainer(GRPOTrainer):
 
     Args:
         args, kwargs: as for GRPOTrainer; `args` is a `PPOConfig`, a PEFT method comes as `peft_config`.
-        on_phase: called after every phase with its statistics, before a checkpoint is written.
-        open_checkpoint: gives the folder to fill for an optimiser step and makes it appear whole or not at all; by
-            default `output_dir/checkpoint-N`.
+        on_phase, open_checkpoint: as for `ExactTrainer`.
 
     Raises:
         ValueError: fewer prompts than a generation batch needs.
@@ -81,29 +44,10 @@ class PPOTrainer(GRPOTrainer):
 
     _tag_names, _name = ["trl", "ppo"], "PPO"
 
-    args: PPOConfig  # narrower than the base classes say, or wrapped by Accelerate
-    model: Any
-    train_dataset: Any
-    accelerator: Any
-    optimizer: Any
-    lr_scheduler: Any
+    args: PPOConfig  # narrower than the base classes say
 
-    def __init__(
-        self,
-        *args: Any,
-        on_phase: Callable[[dict[str, float]], None] | None = None,
-        open_checkpoint: Callable[[int], AbstractContextManager[Path]] | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.remove_callback(PrinterCallback)
-        self.on_phase = on_phase or (lambda metrics: None)
-        self.open_checkpoint = open_checkpoint or (
-            lambda step: atomic_folder(Path(self.args.output_dir or ".") / f"checkpoint-{step}", replace=True)
-        )
-        needed = (self.args.generation_batch_size or 0) // self.args.num_generations
-        if len(self.train_dataset) < needed:  # TRL would end the run at step 0 without a word
-            raise ValueError(f"there are {len(self.train_dataset)} prompts, but one phase takes {needed}")
         base = self.model
         if kwargs.get("peft_config") is not None:
             config = self.model.peft_config["default"]
@@ -114,57 +58,16 @@ class PPOTrainer(GRPOTrainer):
         self.value_head = add_value_head(base, self.args.detach_value_trunk)
         sample_what_is_scored(base, self.eos_token_ids, self._tokenizer.pad_token_id)
         self.kl_coef = self.args.beta
-        self.seconds = 0.0  # spent in phases, over all sittings
-        self.phase_start = time.perf_counter()
         self.rollout_statistics: dict[str, float] = {}
         self.update_statistics: list[Tensor] = []
-        self.grad_norms: list[tuple[float, float]] = []
-        self.prompt_ids: dict[str, list[int]] = {}
-        self.raw_rewards = torch.zeros(0)  # of the last generation: [processes * B, parts]
         self.state_values: list[Tensor] = []  # [B, T] of every scoring pass since it was last emptied
         self.logps: Tensor | None = None  # [B, T] of the last scoring pass
         self.entropies: Tensor | None = None
 
-    # --- where the run stands ---------------------------------------------------------------------------------------
-
-    @property
-    def phase(self) -> int:
-        """Phases completed."""
-        return self.state.global_step // self.args.steps_per_phase
-
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that training moves: the policy's and the value head's."""
-        model = self.accelerator.unwrap_model(self.model)
-        return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-    def refuse_unless_finite(self, what: str, *tensors: Tensor, ended: bool = False) -> None:
-        """Stop the run when a number is NaN or infinite, naming the phase, which may just have `ended`."""
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise Diverged(
-                f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite;"
-                " lower the learning rate or look at the reward, the last checkpoint is kept"
-            )
-
-    # --- data -------------------------------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        stock: Any = super()._get_train_sampler(dataset)
-        return EpochSampler(stock, lambda: int(self.state.epoch or 0))
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        if self.prompt_ids:
-            return [self.prompt_ids[prompt] for prompt in prompts], None, {}
-        return super()._tokenize_prompts(prompts)
-
     # --- a phase begins: rollouts, rewards, advantages ----------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor | Any]:
-        args, training = self.args, self.model.training
-        if training:  # everything random in a phase follows from this
-            self.phase_start = time.perf_counter()
-            set_seed(derived_seed(args.seed, self.phase, self.accelerator.process_index))
-        self.prompt_ids = {row["prompt"]: row["input_ids"] for row in inputs if "input_ids" in row}
-        self.state_values = []
+        args, self.state_values = self.args, []
         batch = super()._generate_and_score_completions(inputs)
         if "old_per_token_logps" not in batch:  # TRL skips this pass where a phase is one optimiser step
             self.state_values = []
@@ -182,7 +85,7 @@ class PPOTrainer(GRPOTrainer):
             advantages = ppo_math.whiten(advantages, mask, self.accelerator.reduce)
         # TRL shuffles and splits every tensor of the dictionary whose first dimension is B
         batch.update(advantages=advantages, returns=returns, old_values=values)
-        if training:
+        if self.model.training:
             self.describe_rollouts(logp, logp_ref, mask, ended.any(1), rewards, returns, values)
         return batch
 
@@ -214,19 +117,6 @@ class PPOTrainer(GRPOTrainer):
             self.state_values.append(torch.cat(values)[:, :-1][:, -logits_to_keep:])
         return self.logps, self.entropies, auxiliary
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            self.raw_rewards = super()._calculate_rewards(*args, **kwargs)  # gathered: [processes * B, parts]
-        except ValueError as error:
-            raise ValueError(f"phase {self.phase + 1}: {error}") from error
-        self.refuse_unless_finite("a reward", self.raw_rewards)
-        return self.raw_rewards
-
-    def local_scores(self, size: int) -> Tensor:
-        """The weighted sum of the reward's parts for this process's completions; [B]."""
-        start = self.accelerator.process_index * size
-        return (self.raw_rewards @ self.reward_weights.to(self.raw_rewards))[start : start + size]
-
     # --- an optimiser step --------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -256,33 +146,6 @@ class PPOTrainer(GRPOTrainer):
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         return tokens
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group for the policy and one for the value head."""
-        if self.optimizer is None:
-            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            policy = [p for n, p in named if not is_value_parameter(n)]
-            head = [p for n, p in named if is_value_parameter(n)]
-            groups = [
-                {"params": policy, "weight_decay": self.args.weight_decay},
-                {"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0},
-            ]
-            self.optimizer = kind(groups, **options)
-        return self.optimizer
-
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Clip each group by its own norm: a joint one would let the critic's gradient shrink the policy's step."""
-        self.accelerator.unscale_gradients()
-        policy, head = (group["params"] for group in self.optimizer.param_groups)
-        norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in (policy, head)]
-        if self.accelerator.scaler is None:  # fp16 scaling skips steps with infinite gradients by itself
-            self.refuse_unless_finite("a gradient", *norms)
-        self.grad_norms.append((norms[0].item(), norms[1].item()))
-        if self.phase < self.args.critic_warmup:
-            for parameter in policy:
-                parameter.grad = None  # AdamW passes over it
-        return norms[0]
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
@@ -374,72 +237,11 @@ class PPOTrainer(GRPOTrainer):
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def geometry(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        args = self.args
-        return {
-            "processes": self.accelerator.num_processes,
-            "rollouts": args.generation_batch_size,
-            "steps_per_phase": args.steps_per_phase,
-            "max_steps": args.max_steps,
-            "seed": args.seed,
-        }
+    def adaptive_state(self) -> dict[str, Any]:
+        """And the KL coefficient."""
+        return super().adaptive_state() | {"kl_coef": self.kl_coef}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            state = {
-                "kl_coef": self.kl_coef,
-                "seconds": self.seconds,
-                "geometry": self.geometry(),
-                "scheduler": self.lr_scheduler.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            }
-            with self.open_checkpoint(self.state.global_step) as folder:
-                checkpoint.save(folder, self.trainable(), self.optimizer, state)
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        saved, now = checkpoint.read_state(folder)["geometry"], self.geometry()
-        for name, value in now.items():
-            if saved[name] != value:
-                raise ValueError(f"the checkpoint {folder} was made with {name}={saved[name]}, this run has {value}")
-        checkpoint.load_weights(folder, self.trainable())
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is None:
-            return
-        folder = Path(checkpoint_folder)
-        state = checkpoint.read_state(folder)
-        checkpoint.load_optimizer(folder, self.optimizer)
-        self.lr_scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.kl_coef, self.seconds = state["kl_coef"], state["seconds"]
-
-    def load_finished(self, folder: Path) -> None:
-        """Take over the checkpoint of a run that has nothing left to train."""
-        self._load_from_checkpoint(str(folder))
-        state = checkpoint.read_state(folder)
-        self.kl_coef, self.seconds = state["kl_coef"], state["seconds"]
-        self.state.global_step = self.args.max_steps
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done with the optimiser."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to do: a phase seeds every generator itself."""
-
-    def _send_telemetry(self) -> None:
-        """TRL reports which trainers are used; this one does not."""
-
-
-def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
-    """Drop generation settings that came with a model (top-k, penalties, suppressed tokens ...).
-
-    Scoring knows the temperature alone, so anything else would make samples that the policy did not produce.
-    """
-    model.generation_config = GenerationConfig(
-        eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id, bos_token_id=model.config.bos_token_id
-    )
+    def load_adaptive_state(self, state: dict[str, Any]) -> None:
+        """Take over what `adaptive_state` gave."""
+        super().load_adaptive_state(state)
+        self.kl_coef = state["kl_coef"]

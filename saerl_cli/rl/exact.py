@@ -1,0 +1,199 @@
+"""What makes a trainer of TRL exact: what moves is known, numbers are finite, checkpoints resume to the bit.
+
+Everything here serves every algorithm; trainers that write completions add `saerl_cli.rl.rollouts`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PrinterCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from saerl_cli.rl import checkpoint
+from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.run.files import atomic_folder
+
+# TRL 1.16 reads a name that transformers 5.23 renames
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+Base = Trainer if TYPE_CHECKING else object
+"""What the classes here are mixed into."""
+
+
+class Diverged(ValueError):
+    """A loss, reward or parameter that is not finite; the message names the phase."""
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 32-bit seed that depends on every one of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class ExactTrainer(Base):
+    """Mixed in before a trainer of TRL.
+
+    Args:
+        args, kwargs: of that trainer.
+        on_phase: called after every phase with its statistics, before a checkpoint is written.
+        open_checkpoint: gives the folder to fill for an optimiser step and makes it appear whole or not at all; by
+            default `output_dir/checkpoint-N`.
+
+    Raises:
+        Diverged: a reward, loss, gradient or parameter is not finite (during `train`).
+    """
+
+    args: Any
+    model: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        on_phase: Callable[[dict[str, float]], None] | None = None,
+        open_checkpoint: Callable[[int], AbstractContextManager[Path]] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.on_phase = on_phase or (lambda metrics: None)
+        self.open_checkpoint = open_checkpoint or (
+            lambda step: atomic_folder(Path(self.args.output_dir or ".") / f"checkpoint-{step}", replace=True)
+        )
+        self.seconds = 0.0  # spent in phases, over all sittings
+        self.grad_norms: list[tuple[float, float]] = []
+
+    # --- where the run stands ---------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> int:
+        """Phases completed."""
+        return self.state.global_step // self.args.steps_per_phase
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training moves: the policy's and the value head's."""
+        model = self.accelerator.unwrap_model(self.model)
+        return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+    def refuse_unless_finite(self, what: str, *tensors: Tensor, ended: bool = False) -> None:
+        """Stop the run when a number is NaN or infinite, naming the phase, which may just have `ended`."""
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise Diverged(
+                f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite;"
+                " lower the learning rate or look at the reward, the last checkpoint is kept"
+            )
+
+    # --- an optimiser step --------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one group for the policy and one for the value head."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            policy = [p for n, p in named if not is_value_parameter(n)]
+            head = [p for n, p in named if is_value_parameter(n)]
+            groups = [
+                {"params": policy, "weight_decay": self.args.weight_decay},
+                {"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0},
+            ]
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Clip each group by its own norm: a joint one would let the critic's gradient shrink the policy's step."""
+        self.accelerator.unscale_gradients()
+        policy, head = (group["params"] for group in self.optimizer.param_groups)
+        norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in (policy, head)]
+        if self.accelerator.scaler is None:  # fp16 scaling skips steps with infinite gradients by itself
+            self.refuse_unless_finite("a gradient", *norms)
+        self.grad_norms.append((norms[0].item(), norms[1].item()))
+        if self.phase < self.args.critic_warmup:
+            for parameter in policy:
+                parameter.grad = None  # AdamW passes over it
+        return norms[0]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def geometry(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run."""
+        args = self.args
+        return {
+            "processes": self.accelerator.num_processes,
+            "rollouts": args.generation_batch_size,
+            "steps_per_phase": args.steps_per_phase,
+            "max_steps": args.max_steps,
+            "seed": args.seed,
+        }
+
+    def adaptive_state(self) -> dict[str, Any]:
+        """Plain data beside parameters and optimiser that the rest of the run depends on, or reports."""
+        return {"seconds": self.seconds}
+
+    def load_adaptive_state(self, state: dict[str, Any]) -> None:
+        """Take over what `adaptive_state` gave."""
+        self.seconds = state["seconds"]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            state = {
+                "adaptive": self.adaptive_state(),
+                "geometry": self.geometry(),
+                "scheduler": self.lr_scheduler.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            }
+            with self.open_checkpoint(self.state.global_step) as folder:
+                checkpoint.save(folder, self.trainable(), self.optimizer, state)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved, now = checkpoint.read_state(folder)["geometry"], self.geometry()
+        for name, value in now.items():
+            if saved[name] != value:
+                raise ValueError(f"the checkpoint {folder} was made with {name}={saved[name]}, this run has {value}")
+        checkpoint.load_weights(folder, self.trainable())
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        folder = Path(checkpoint_folder)
+        state = checkpoint.read_state(folder)
+        checkpoint.load_optimizer(folder, self.optimizer)
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.load_adaptive_state(state["adaptive"])
+
+    def load_finished(self, folder: Path) -> None:
+        """Take over the checkpoint of a run that has nothing left to train."""
+        self._load_from_checkpoint(str(folder))
+        state = checkpoint.read_state(folder)
+        self.load_adaptive_state(state["adaptive"])
+        self.state.global_step = self.args.max_steps
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimiser."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to do: a phase seeds every generator itself."""
+
+    def _send_telemetry(self) -> None:
+        """TRL reports which trainers are used; this one does not."""
+
+
+def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
+    """Drop generation settings that came with a model (top-k, penalties, suppressed tokens ...).
+
+    Scoring knows the temperature alone, so anything else would make samples that the policy did not produce.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id, bos_token_id=model.config.bos_token_id
+    )
