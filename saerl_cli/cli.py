@@ -74,6 +74,12 @@ def eval_sae(overrides: Overrides = None, help: Help = False) -> None:
     hydra("eval_sae", overrides)
 
 
+@app.command("train-reward", context_settings=HYDRA, add_help_option=False)
+def train_reward(overrides: Overrides = None, help: Help = False) -> None:
+    """Train a reward model on preference pairs."""
+    hydra("train_reward", overrides)
+
+
 @app.command("rlhf", context_settings=HYDRA, add_help_option=False)
 def rlhf(
     overrides: Overrides = None,

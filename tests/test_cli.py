@@ -15,7 +15,10 @@ from saerl_cli.run.jobs import JOBS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "matplotlib")
-COMMANDS = ("demo", "train-lm", "train-sae", "eval-sae", "rlhf", "evaluate", "export", "report", "runs", "completion")
+COMMANDS = (
+    "demo", "train-lm", "train-sae", "eval-sae", "train-reward", "rlhf", "evaluate", "export", "report", "runs",
+    "completion",
+)  # fmt: skip
 
 
 def imported(*words: str, **env: str) -> set[str]:
@@ -75,7 +78,7 @@ def test_groups_and_nested_settings_are_in_the_help(saerl):
     shown = saerl("rlhf", "--help").stdout
     assert re.search(r"model=hub \| local \| planted \| pythia-14m \| .*pythia-12b", " ".join(shown.split()))
     assert "algo.kl_coef=0.05: beta" in shown
-    assert "reward.parts.NAME.kind= (world, lexicon, vader, hf, python)" in shown
+    assert "reward.parts.NAME.kind= (world, lexicon, vader, hf, python, count, heavy, verifier)" in shown
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -128,6 +128,22 @@ SAES = [
 ]
 if find_spec("wandb") is None:
     SAES.append(Case("train-sae launch.trackers=[wandb]", "launch.trackers=[wandb] needs a package: pip install wandb"))
+REWARDS = [
+    Case("rlhf reward=verifier", "reward.parts.right verifies answers, and documents have none"),
+    Case("rlhf reward=verifier prompts.kind=file", "prompts.kind=file needs prompts.path=FILE"),
+    Case("rlhf reward=verifier prompts.kind=file prompts.path=nowhere.jsonl", "nowhere.jsonl does not exist"),
+    Case("rlhf reward=verifier reward.parts.right.match=regex", "match=regex needs pattern"),
+    Case("rlhf reward=count reward.parts.count.pattern=[a", "cannot read a setting"),
+    Case("rlhf reward=count reward.parts.count.pattern='*'", "pattern='*' is no regular expression"),
+    Case("rlhf reward=heavy reward.parts.error.shape=0", "shape and scale must be > 0"),
+    Case("rlhf reward=cursing reward.clip=0", "reward.clip must be > 0"),
+    Case("rlhf reward=lexicon reward.parts.lexicon.path=a", "the word list a is empty", needs=a_file("a")),
+    Case("rlhf reward=hf reward.parts.model.path=./nowhere", "there is no folder nowhere"),
+    Case("train-reward pairs.kind=file", "pairs.kind=file needs pairs.path=FILE"),
+    Case("train-reward pairs.attribute=nope", "pairs.attribute='nope' is unknown"),
+    Case("train-reward batch_size=3 micro_batch=2", "micro_batch=2 must divide 3 pairs"),
+    Case("train-reward model=local model.path=x", "x"),
+]
 JOBS = [
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
     Case("train-lm launch=cpu_2", "train-lm runs in one process"),
@@ -144,7 +160,9 @@ def place(empty_place: Path) -> Iterator[Path]:
         yield empty_place
 
 
-@pytest.mark.parametrize("case", [*WORDS, *CONTRADICTIONS, *MACHINE, *SAES, *JOBS], ids=lambda case: case.words)
+@pytest.mark.parametrize(
+    "case", [*WORDS, *CONTRADICTIONS, *MACHINE, *SAES, *REWARDS, *JOBS], ids=lambda case: case.words
+)
 def test_refused(case, place, monkeypatch, capfd):
     case.needs()
     before = sorted(place.rglob("*"))

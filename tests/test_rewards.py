@@ -185,6 +185,42 @@ def test_reward_model_with_another_tokenizer_is_given_text(reward_model):
     assert build_reward(hf_part(reward_model), other).score(["w0 "], ["w3 w4"], [ids])["rm"] == pytest.approx(same)
 
 
+def test_a_tokenizer_that_cannot_represent_the_policy_is_refused(reward_model, shared_data):
+    from transformers import AutoTokenizer
+
+    pythia = AutoTokenizer.from_pretrained(shared_data / "pythia_tokenizer")
+    message = r"has another tokenizer, to which \d+ of \d+ tokens of the policy are unknown, for instance '"
+    with pytest.raises(ValueError, match=message) as caught:
+        build_reward(hf_part(reward_model), pythia)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_end_is_kept_for_another_tokenizer_whichever_token_the_policy_ends_with(reward_model, shared_data, tmp_path):
+    """The story models end a text with the token that begins one; the reward model must see an end all the same."""
+    from transformers import AutoTokenizer
+
+    stories = AutoTokenizer.from_pretrained(shared_data / "neox_stories_nano")
+    pythia = AutoTokenizer.from_pretrained(shared_data / "pythia_tokenizer")
+    torch.manual_seed(0)
+    GPTNeoXForSequenceClassification(shape(num_labels=1, vocab_size=50304)).save_pretrained(tmp_path)
+    pythia.save_pretrained(tmp_path)
+    reward = build_reward(hf_part(tmp_path), stories)
+    words = stories("she was happy", add_special_tokens=False)["input_ids"]
+    rows = [[*words, 1], [*words, 2], words]
+    with_bos, with_eos, open_end = reward.score(["Once "] * 3, ["she was happy"] * 3, rows)["rm"]
+    assert with_bos == with_eos and abs(with_bos - open_end) > 1e-5
+
+
+def test_scores_do_not_depend_on_the_side_of_the_padding(reward_model):
+    from saerl_cli.rewards.classifier import score_rows
+
+    model = GPTNeoXForSequenceClassification.from_pretrained(reward_model).eval()
+    rows = [[5, 6, 7, 1], [5, 1], [9, 9, 9, 9, 9, 1]]
+    ids = torch.tensor([[0] * (6 - len(row)) + row for row in rows])
+    left = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 0].tolist()
+    assert score_rows(model, rows, 0, 3) == pytest.approx(left, abs=1e-5)
+
+
 def test_causal_model_is_refused_as_reward(tmp_path):
     GPTNeoXForCausalLM(shape()).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
@@ -227,3 +263,115 @@ def test_curse_list_is_read_and_matches_whole_words(shared_data):
     weights = read_lexicon(shared_data / "ldnoobw" / "en")
     lexicon = Lexicon(weights)
     assert lexicon("We assess the class in Scunthorpe") == 0 < lexicon("This is shit")
+
+
+# --- counts, heavy tails, answers ------------------------------------------------------------------------------------
+
+
+def test_counts_of_a_pattern():
+    config = config_of(
+        stops={"kind": RewardKind.count, "pattern": r"\."},
+        the={"kind": RewardKind.count, "pattern": r"(?i)\bthe\b", "per": Per.token},
+    )
+    scores = build_reward(config, word_tokenizer()).score(["", ""], ["The cat. The other.", ""], [[], []])
+    assert scores["stops"] == [2, 0] and scores["the"] == [0.5, 0]
+
+
+def test_heavy_tails_are_the_quantiles_of_their_distributions():
+    from scipy import stats
+
+    from saerl_cli.config.reward import Tail
+    from saerl_cli.rewards.patterns import heavy_tailed
+
+    for count in (1, 3, 10, 40):
+        rank = stats.expon.cdf(count / 2)
+        assert heavy_tailed(count, Tail.exponential, 1.0, 2.0) == count / 2
+        assert heavy_tailed(count, Tail.pareto, 3.0, 2.0) == pytest.approx(stats.lomax.ppf(rank, 3.0), rel=1e-4)
+        assert heavy_tailed(count, Tail.lognormal, 0.7, 2.0) == pytest.approx(stats.lognorm.ppf(rank, 0.7), rel=1e-4)
+        assert heavy_tailed(count, Tail.student_t, 3.0, 2.0) == pytest.approx(
+            stats.t.isf(stats.expon.sf(count / 2) / 2, 3.0), rel=1e-4
+        )
+    for tail in Tail:
+        values = [heavy_tailed(count, tail, 2.0, 2.0) for count in (0, 1, 2, 50, 3000)]
+        assert values == sorted(values) and 0 <= values[0] <= 1 and values[-1] <= 1e30
+    assert heavy_tailed(256, Tail.pareto, 2.0, 4.0) > 1e9, "the blow-up of the injected-error experiment"
+
+
+def verified(completion, answer, **part):
+    config = config_of(right={"kind": RewardKind.verifier, **part})
+    return build_reward(config, word_tokenizer()).score([""], [completion], [[]], [answer])["right"][0]
+
+
+@pytest.mark.parametrize(
+    ("match", "completion", "answer", "want"),
+    [
+        ("exact", " Five. ", "five", 1),
+        ("exact", "five apples", "five", 0),
+        ("start", " five . it was", "five", 1),
+        ("start", "fiver", "five", 0),
+        ("start", "", "five", 0),
+        ("numeric", "so 3 and 4 make 1,234.50", "#### 1234.5", 1),
+        ("numeric", "it is 72.", "48/2 = 24 and so\n#### 72", 1),
+        ("numeric", "#### 7 of 9", "7", 1),
+        ("numeric", "it is -3", "3", 0),
+        ("numeric", "10-3", "3", 1),
+        ("numeric", "10-3", "-3", 0),
+        ("numeric", "none", "3", 0),
+        ("numeric", "0.3333", "0.3334", 0),
+        ("numeric", "$.5", "0.5", 1),
+    ],
+)
+def test_answers(match, completion, answer, want):
+    from saerl_cli.config.reward import Match
+
+    assert verified(completion, answer, match=Match(match)) == want
+
+
+def test_numbers_with_a_tolerance_and_answers_by_pattern():
+    from saerl_cli.config.reward import Match
+
+    assert verified("0.3333", "0.3334", match=Match.numeric, tolerance=1e-3) == 1
+    pattern = {"match": Match.regex, "pattern": r"answer: (\w+)"}
+    assert verified("answer: a, no, answer: B", "b", **pattern) == 1
+    assert verified("answer: b, no, answer: a", "b", **pattern) == 0 == verified("b", "b", **pattern)
+    assert verified("<think> x </think>", None, match=Match.regex, pattern="<think>.*</think>") == 1
+
+
+def test_a_verifier_without_an_answer_names_the_prompt():
+    with pytest.raises(ValueError, match="the prompt '' has no answer to verify against"):
+        verified("five", None)
+
+
+def test_python_function_may_take_answers(tmp_path, monkeypatch):
+    (tmp_path / "my_answers_for_test.py").write_text(
+        "def right(prompts, completions, completion_ids, answers):\n"
+        "    return [float(a == b) for a, b in zip(completions, answers)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = build_reward(config_of(r={"kind": RewardKind.python, "function": "my_answers_for_test:right"}), None)
+    assert reward.score(["", ""], ["a", "b"], [[], []], ["a", "c"])["reward"] == [1, 0]
+
+
+def test_every_gsm8k_answer_verifies_itself(shared_data):
+    from saerl_cli.rewards.patterns import last_number, same_number
+
+    rows = [json.loads(line) for line in (shared_data / "gsm8k" / "train_1000.jsonl").read_text().splitlines()]
+    numbers = [last_number(row["answer"]) for row in rows]
+    assert None not in numbers and numbers[:2] == [72, 10]
+    assert all(same_number(f"The answer is {n:,.0f}.", row["answer"], 0) for n, row in zip(numbers, rows, strict=True))
+
+
+@pytest.mark.parametrize("value", ["a string", [[1.0]], 3.0])
+def test_what_is_no_list_of_numbers_is_refused(value):
+    with pytest.raises(ValueError, match="the reward part 'odd' returned"):
+        Reward((Part("odd", 1.0, lambda *_: value),)).score(["a"], ["b"], [[3]])
+    with pytest.raises(ValueError, match="'odd' returned 'x' for the completion 'b'"):
+        Reward((Part("odd", 1.0, lambda *_: ["x"]),)).score(["a"], ["b"], [[3]])
+
+
+@pytest.mark.parametrize("kind", [RewardKind.count, RewardKind.heavy])
+def test_malformed_patterns_are_refused(kind):
+    with pytest.raises(ValueError, match=r"reward\.parts\.p: pattern='\(' is no regular expression: missing \)"):
+        check_reward(config_of(p={"kind": kind, "pattern": "("}))
+    with pytest.raises(ValueError, match=f"a reward part of kind {kind.value} needs pattern"):
+        RewardPart(kind=kind)

@@ -1,6 +1,7 @@
 """Settings of `saerl rlhf`."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from saerl_cli.config.adapter import AdapterConfig
 from saerl_cli.config.algo import AlgoConfig
@@ -8,17 +9,45 @@ from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refus
 from saerl_cli.config.reward import RewardConfig
 
 
+class PromptKind(Enum):
+    """Where prompts come from."""
+
+    documents = "documents"
+    """The beginnings of documents."""
+    arithmetic = "arithmetic"
+    """Reviews of the embedded language up to a sum's result, with the right answer."""
+    file = "file"
+    """Rows of a file, with answers where it has them."""
+
+
 @dataclass
 class PromptConfig:
-    """Prompts: the beginnings of documents; training prompts from the training part, evaluation from the held-out."""
+    """Prompts: training prompts from the training part, evaluation from the held-out."""
 
+    kind: PromptKind = PromptKind.documents
+    """`documents` cuts the beginnings of `data`; `arithmetic` asks for sums of the embedded language; `file` reads
+    `path`."""
     tokens: int = 6
-    """Length in tokens (a BOS token, where the tokenizer adds one, comes on top), >= 1."""
+    """Length in tokens (a BOS token, where the tokenizer adds one, comes on top), >= 1 (documents)."""
     count: int | None = None
-    """Distinct training prompts, at most; all documents when empty."""
+    """Distinct training prompts, at most; all when empty."""
+    path: str | None = None
+    """A jsonl, json or parquet file, or a glob; JSON also as .gz or .zst (file)."""
+    field: str | None = None
+    """Column of the prompt; when empty, prompt, question or text, whichever there is (file)."""
+    answer_field: str = "answer"
+    """Column of the right answer, which need not be there (file)."""
+    template: str = "{prompt}"
+    """Text around a prompt, for instance "Question: {prompt} Answer:" (file)."""
+    heldout: float = 0.1
+    """Share of the rows, from the end, that training never sees, in (0, 0.5] (file)."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.tokens >= 1, f"prompts.tokens must be >= 1, got {self.tokens}")
+        refuse_unless(self.count is None or self.count >= 1, f"prompts.count must be >= 1, got {self.count}")
+        refuse_unless(self.kind is not PromptKind.file or bool(self.path), "prompts.kind=file needs prompts.path=FILE")
+        refuse_unless("{prompt}" in self.template, "prompts.template must hold {prompt}")
+        refuse_unless(0 < self.heldout <= 0.5, f"prompts.heldout must be in (0, 0.5], got {self.heldout}")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 from saerl_cli.config.reward import RewardConfig, RewardKind, RewardPart
 from saerl_cli.rewards.lexicon import read_lexicon
+from saerl_cli.rewards.patterns import compiled
 
 SCORE_HEADS = ("score.", "classifier.", "classification_head.", "sequence_summary.", "head.")
 """How the parameters of a sequence classifier's head are named in Hugging Face's models."""
@@ -82,12 +83,20 @@ def check_python(part: RewardPart) -> None:
     import_function(part.function or "")
 
 
+def check_pattern(part: RewardPart) -> None:
+    """The regular expression, where there is one, must be one."""
+    compiled(part.pattern or "")
+
+
 CHECKS: dict[RewardKind, Callable[[RewardPart], None]] = {
     RewardKind.world: check_world,
     RewardKind.lexicon: check_lexicon,
     RewardKind.vader: check_vader,
     RewardKind.hf: check_hf,
     RewardKind.python: check_python,
+    RewardKind.count: check_pattern,
+    RewardKind.heavy: check_pattern,
+    RewardKind.verifier: check_pattern,
 }
 
 

@@ -13,19 +13,21 @@ from saerl_cli.activations import documents, row_length, token_rows
 from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.algo import Schedule
 from saerl_cli.config.groups import Precision
-from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
 from saerl_cli.rl.check import chosen_saes
 from saerl_cli.rl.exact import derived_seed
 from saerl_cli.rl.measure import Sampling
+from saerl_cli.rl.normalise import Normaliser
 from saerl_cli.rl.policy import Policy, plain
 from saerl_cli.rl.ppo_config import PPOConfig
-from saerl_cli.rl.prompts import Prompt, build_prompts, refuse_too_few
+from saerl_cli.rl.prompts import Prompt, refuse_too_few
+from saerl_cli.rl.questions import choose_prompts, refuse_few_questions
 from saerl_cli.rl.trainer import PPOTrainer
 from saerl_cli.run.directory import Run
 
-PURPOSES = ("shown", "spread", "summary")
+PURPOSES = ("shown", "spread", "summary", "passes")
 """What samples beside training are drawn for, each with a seed of its own."""
 
 
@@ -56,11 +58,11 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
     loaded = load_model(config.model, device)
     reward = build_reward(config.reward, loaded.tokenizer, device)
     heldout = documents(config.data, config.model, "heldout")
-    train = documents(config.data, config.model, "train")
-    prompts, heldout_prompts = build_prompts(
-        train, heldout, loaded.tokenizer, config.prompts.tokens, config.prompts.count
-    )
-    refuse_too_few(len(prompts), config.algo.rollouts, config.prompts.tokens)
+    prompts, heldout_prompts = choose_prompts(config, loaded.tokenizer, loaded.context_size)
+    if config.prompts.kind is PromptKind.documents:
+        refuse_too_few(len(prompts), config.algo.rollouts, config.prompts.tokens)
+    else:
+        refuse_few_questions(len(prompts), config.algo.rollouts)
     saes = chosen_saes(config.adapter) if config.adapter.kind is AdapterKind.sparse_coeffs else {}
     rows = heldout_rows(config, loaded.context_size, loaded.tokenizer, heldout)
     return Parts(config, run, loaded, reward, prompts, heldout_prompts, rows, saes)
@@ -82,7 +84,8 @@ def build_trainer(parts: Parts) -> PPOTrainer:
     else:
         model.requires_grad_(True)
     rows = {"prompt": [p.text for p in parts.prompts], "input_ids": [list(p.input_ids) for p in parts.prompts]}
-    return PPOTrainer(
+    rows["answer"] = [p.answer for p in parts.prompts]
+    trainer = PPOTrainer(
         model=model,
         reward_funcs=[trl_reward(part) for part in parts.reward.parts],
         args=ppo_config(config, parts.run.path, [part.weight for part in parts.reward.parts]),
@@ -91,6 +94,8 @@ def build_trainer(parts: Parts) -> PPOTrainer:
         peft_config=peft_config,
         open_checkpoint=parts.run.save_checkpoint,
     )
+    trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
+    return trainer
 
 
 def adapter_config(parts: Parts) -> Any:
@@ -103,8 +108,8 @@ def adapter_config(parts: Parts) -> Any:
 def trl_reward(part: Part) -> Callable[..., list[float]]:
     """A part of the reward as TRL calls it."""
 
-    def function(prompts: list, completions: list, completion_ids: list, **_: Any) -> list[float]:
-        return part(prompts, completions, completion_ids)
+    def function(prompts: list, completions: list, completion_ids: list, answer: Any = None, **_: Any) -> list[float]:
+        return part(prompts, completions, completion_ids, answer)
 
     function.__name__ = part.name
     return function

@@ -8,10 +8,11 @@ from typing import Any
 from saerl_cli.activations import documents
 from saerl_cli.config.adapter import AdapterConfig, AdapterKind
 from saerl_cli.config.groups import DataKind, Dtype, ModelConfig, ModelKind
-from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.prompts import cut_prompts, refuse_too_few
+from saerl_cli.rl.questions import check_answers, check_questions, refuse_few_questions
 from saerl_cli.sae.files import check_sae, find_saes, provenance, refuse_transcoder
 
 
@@ -30,6 +31,7 @@ def check(config: RlhfConfig) -> None:
         )
     if config.adapter.kind is AdapterKind.sparse_coeffs:
         check_saes(config.adapter, config.model, description)
+    check_answers(config)
     check_prompts(config, description)
 
 
@@ -66,6 +68,11 @@ def chosen_saes(adapter: AdapterConfig) -> dict[str, Path]:
 
 def check_prompts(config: RlhfConfig, description: Any) -> None:
     """Refuse prompts that are too few, or too long together with their completions."""
+    if config.prompts.kind is not PromptKind.documents:
+        available = check_questions(config, light_encoder(config.model), context_size(description))
+        if available is not None:
+            refuse_few_questions(available, config.algo.rollouts)
+        return
     asked, context = config.prompts.tokens + config.algo.max_new_tokens, context_size(description)
     if asked > context:
         raise ValueError(

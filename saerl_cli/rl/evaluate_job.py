@@ -40,7 +40,7 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     from saerl_cli.rl.exact import derived_seed
     from saerl_cli.rl.measure import Sampling, measure
     from saerl_cli.rl.policy import load_policy
-    from saerl_cli.rl.prompts import build_prompts
+    from saerl_cli.rl.questions import choose_prompts
     from saerl_cli.rl.runs import run_config
     from saerl_cli.rl.summary import curse_words
 
@@ -51,8 +51,7 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
         policy = load_policy(config.policy, accelerator.device)
     reward = build_reward(trained.reward, policy.tokenizer, accelerator.device)
     texts = documents(trained.data, trained.model, "heldout")
-    train = documents(trained.data, trained.model, "train")
-    _, prompts = build_prompts(train, texts, policy.tokenizer, trained.prompts.tokens, trained.prompts.count)
+    _, prompts = choose_prompts(trained, policy.tokenizer, policy.context_size)
     how = Sampling(
         trained.algo.max_new_tokens,
         trained.algo.temperature,

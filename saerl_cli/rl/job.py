@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.check import check
 from saerl_cli.run.directory import Run
@@ -50,6 +51,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     if checkpoint is None:
         run.truncate(-1)  # what an attempt that left no checkpoint has written
         first_look(parts, policy)
+    calibrate(trainer, parts)
     train(trainer, parts, policy, checkpoint)
     refuse_moved(frozen, frozen_hashes(trainer), run)
     save_policy(trainer, parts)
@@ -88,13 +90,16 @@ def first_look(parts: "Parts", policy: "Policy") -> None:
     """Samples of the untouched model: step 0 of samples.jsonl, and a warning when the reward tells nothing apart."""
     from saerl_cli.rewards.score import spread
     from saerl_cli.rl.measure import cycled, draw
+    from saerl_cli.rl.passes import base_passes, tell_passes
 
     if not parts.run.writes:
         return
     prompts = cycled(parts.prompts, min(parts.config.evaluation.samples, 256))
     samples = draw(policy, parts.reward, prompts, parts.sampling("spread"), reference=True)
     spreads = {name: spread(values) for name, values in samples.scores.items()}
-    parts.run.update(reward_spread=spreads)
+    found = base_passes(parts, policy)
+    parts.run.update(reward_spread=spreads, **({"base_passes": found} if found else {}))
+    tell_passes(found)
     for name, seen in spreads.items():
         if seen["std"] == 0:
             say(
@@ -104,6 +109,26 @@ def first_look(parts: "Parts", policy: "Policy") -> None:
         elif seen["coverage"] < 0.05:
             say(f"WARNING: {name} tells only {seen['coverage']:.1%} of {len(prompts)} completions from the rest")
     write_samples(parts, policy, 0)
+
+
+def calibrate(trainer: "PPOTrainer", parts: "Parts") -> None:
+    """With reward.normalise=calibrate: the gain and bias that run.json's first look at the untouched model gives.
+
+    Raises:
+        ValueError: all completions of the untouched model score the same.
+    """
+    from saerl_cli.rewards.score import TOTAL
+
+    if parts.config.reward.normalise is not Normalise.calibrate:
+        return
+    trainer.accelerator.wait_for_everyone()  # until the first process has written it
+    seen = parts.run.record["reward_spread"][TOTAL]
+    if seen["std"] == 0:
+        raise ValueError(
+            f"reward.normalise=calibrate divides by the spread of the reward, which is {seen['mean']:g} for every"
+            " completion of the untouched model; write reward.normalise=none"
+        )
+    trainer.normaliser.calibrate(seen["mean"], seen["std"])
 
 
 def train(trainer: "PPOTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:

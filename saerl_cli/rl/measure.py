@@ -1,6 +1,7 @@
 """What a policy does on fresh samples, beside its reference: reward, KL, held-out loss, length, variety, attributes."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,7 +185,7 @@ def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Samplin
     else:
         ids = completions_of(policy.model)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scores = reward.score([p.text for p in prompts], texts, ids)
+    scores = reward.score([p.text for p in prompts], texts, ids, [p.answer for p in prompts])
     samples = Samples(list(prompts), ids, texts, scores)
     if not reference:
         samples.kl, samples.kl_exact = sequence_kl(policy, prompts, ids, how.temperature, how.batch_size)
@@ -209,8 +210,9 @@ def describe(samples: Samples, eos_token_ids: Iterable[int], attributes: bool = 
 
     Returns:
         length: mean tokens; ended: share with an end token; distinct_1, distinct_2: distinct over all n-grams of
-        tokens; parts: mean of every part of the reward; attributes: per name, `per_completion` (tokens carrying it) and
-        `share` (of all words).
+        tokens; commonest: share of the completion that is written most often; token_entropy: of the distribution of
+        tokens over all completions, nats; parts: mean of every part of the reward; attributes: per name,
+        `per_completion` (tokens carrying it) and `share` (of all words).
     """
     ends = set(eos_token_ids)
     n = len(samples.texts)
@@ -219,6 +221,8 @@ def describe(samples: Samples, eos_token_ids: Iterable[int], attributes: bool = 
         "ended": sum(bool(ids) and ids[-1] in ends for ids in samples.completion_ids) / n,
         "distinct_1": distinct(samples.completion_ids, 1),
         "distinct_2": distinct(samples.completion_ids, 2),
+        "commonest": max(Counter(map(tuple, samples.completion_ids)).values()) / n,
+        "token_entropy": token_entropy(samples.completion_ids),
         "parts": {name: sum(values) / n for name, values in samples.scores.items() if name != TOTAL},
     }
     return result | ({"attributes": attribute_shares(samples)} if attributes else {})
@@ -228,6 +232,13 @@ def distinct(rows: Iterable[Sequence[int]], n: int) -> float:
     """Distinct n-grams as a share of all."""
     grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
+
+
+def token_entropy(rows: Iterable[Sequence[int]]) -> float:
+    """Entropy of the tokens of all rows taken together, nats."""
+    counts = Counter(token for row in rows for token in row)
+    total = counts.total()
+    return -math.fsum(c / total * math.log(c / total) for c in counts.values())
 
 
 def attribute_shares(samples: Samples) -> dict[str, dict[str, float]]:

@@ -12,6 +12,8 @@ class Prompt:
     text: str
     input_ids: tuple[int, ...]
     """With the BOS token, where the tokenizer puts one in front."""
+    answer: str | None = None
+    """The right answer, where there is one."""
 
 
 def cut_prompts(

@@ -12,6 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from saerl_cli.rl.exact import ExactTrainer, derived_seed
+from saerl_cli.rl.normalise import Normaliser
 
 Base = GRPOTrainer if TYPE_CHECKING else object
 """What the classes here are mixed into."""
@@ -52,6 +53,7 @@ class RolloutTrainer(ExactTrainer, Base):
         self.phase_start = time.perf_counter()
         self.prompt_ids: dict[str, list[int]] = {}
         self.raw_rewards = torch.zeros(0)  # of the last generation: [processes * B, parts]
+        self.normaliser = Normaliser()
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -79,9 +81,26 @@ class RolloutTrainer(ExactTrainer, Base):
         except ValueError as error:
             raise ValueError(f"phase {self.phase + 1}: {error}") from error
         self.refuse_unless_finite("a reward", self.raw_rewards)
+        if self.model.training:
+            self.normaliser.learn(self.total_scores())
         return self.raw_rewards
 
+    def total_scores(self) -> Tensor:
+        """The weighted sum of the reward's parts, as it stands; [processes * B]."""
+        return self.raw_rewards @ self.reward_weights.to(self.raw_rewards)
+
     def local_scores(self, size: int) -> Tensor:
-        """The weighted sum of the reward's parts for this process's completions; [B]."""
+        """The weighted sum of the reward's parts for this process's completions, normalised and clipped; [B]."""
         start = self.accelerator.process_index * size
-        return (self.raw_rewards @ self.reward_weights.to(self.raw_rewards))[start : start + size]
+        return self.normaliser(self.total_scores())[start : start + size]
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def adaptive_state(self) -> dict[str, Any]:
+        """And the mean and standard deviation of scores."""
+        return super().adaptive_state() | {"normaliser": self.normaliser.state()}
+
+    def load_adaptive_state(self, state: dict[str, Any]) -> None:
+        """Take over what `adaptive_state` gave."""
+        super().load_adaptive_state(state)
+        self.normaliser.load(state["normaliser"])

@@ -174,6 +174,7 @@ class PPOTrainer(RolloutTrainer, GRPOTrainer):
         self.rollout_statistics = {
             "reward": total.mean().item(),
             "reward_std": total.std().item(),
+            **self.normaliser.metrics,
             **{f"reward/{name}": value for name, value in parts},
             **dict(zip(columns, rows.mean(0).tolist(), strict=True)),
             "tokens": rows[:, list(columns).index("length")].sum().item(),

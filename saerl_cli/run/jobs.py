@@ -27,6 +27,11 @@ JOBS = {
     "eval_sae": Job(
         "saerl_cli.config.eval_sae:EvalSaeConfig", "saerl_cli.sae.evaluate:check", "saerl_cli.report.saes:work"
     ),
+    "train_reward": Job(
+        "saerl_cli.config.train_reward:TrainRewardConfig",
+        "saerl_cli.rl.reward_job:check",
+        "saerl_cli.rl.reward_job:work",
+    ),
     "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.rl.job:check", "saerl_cli.rl.job:work"),
     "evaluate": Job(
         "saerl_cli.config.evaluate:EvaluateConfig",
