@@ -99,6 +99,12 @@ def evaluate(overrides: Overrides = None, help: Help = False) -> None:
     hydra("evaluate", overrides)
 
 
+@app.command("compare", context_settings=HYDRA, add_help_option=False)
+def compare(overrides: Overrides = None, help: Help = False) -> None:
+    """Compare evaluated policies at equal KL."""
+    hydra("compare", overrides)
+
+
 @app.command("export")
 def export(
     path: Annotated[

@@ -13,6 +13,7 @@ from saerl_cli.config import typed
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import folder_sha256
+from saerl_cli.report import frontier
 from saerl_cli.rl import evaluate_job, job
 from saerl_cli.run.directory import Run
 
@@ -222,6 +223,11 @@ def test_the_policy_loads_and_is_the_one_that_was_measured(finished, saes):
     assert samples.kl == pytest.approx([row["kl"] for row in last])
 
 
+def policies(path: Path) -> dict[str, bytes]:
+    """What the folder of snapshots holds."""
+    return {file.name: file.read_bytes() for file in (path / "policies").iterdir()}
+
+
 def test_killed_and_started_again_ends_with_the_same_bits(saes, finished, tmp_path, monkeypatch):
     from saerl_cli.rl.trainer import PPOTrainer
 
@@ -239,10 +245,13 @@ def test_killed_and_started_again_ends_with_the_same_bits(saes, finished, tmp_pa
         job.work(config, run, Accelerator(cpu=True))
     monkeypatch.undo()
     run.log(99, stray=1)  # what a kill may leave after its last checkpoint
+    (tmp_path / "policies" / "step-9.safetensors").write_bytes(b"of another try")
+    (tmp_path / "policies" / ".step-12.safetensors.partial.1").write_bytes(b"half")
     run.end("interrupted")
     do(tmp_path, config)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (finished.path / name).read_bytes()
+    assert policies(tmp_path) == policies(finished.path)
     for file in ("metrics.jsonl", "samples.jsonl"):
         strip = [
             [{k: v for k, v in row.items() if "second" not in k} for row in lines(folder / file)]
@@ -329,7 +338,7 @@ def evaluate(policy: Path, path: Path, *overrides: str) -> dict:
     path.mkdir(exist_ok=True)
     run = Run(path)
     run.start("evaluate", "saerl evaluate", config.seed)
-    evaluate_job.work(config, run, Accelerator(cpu=True))
+    frontier.work(config, run, Accelerator(cpu=True))
     run.end("completed")
     return run.read_summary()
 

@@ -90,12 +90,16 @@ class RlhfConfig:
     """Processes."""
     checkpoint_every: int = 10
     """Phases between two checkpoints."""
+    snapshots: int | None = None
+    """Policies kept along the way beside the last one, evenly over the phases, for `saerl evaluate snapshots=true`;
+    when empty 8, and 0 for adapter=full, where each is as large as the model."""
     seed: int = 0
     """Seed of prompts, sampling and initialisation."""
 
     def __post_init__(self) -> None:
         refuse_unless(len(self.reward.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
         refuse_unless(self.checkpoint_every >= 1, f"checkpoint_every must be >= 1, got {self.checkpoint_every}")
+        refuse_unless(self.snapshots is None or self.snapshots >= 0, f"snapshots must be >= 0, got {self.snapshots}")
         per_process = self.launch.num_processes * self.algo.minibatches
         refuse_unless(
             self.algo.rollouts % per_process == 0,

@@ -11,6 +11,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from saerl_cli.run.files import partial_name, write_text
+
 COLOURS = ("#0f8a8a", "#d1623a", "#7a5bd1", "#c2972b", "#3f7fd1", "#b0447c")
 """One a run, in order: told apart on white and on black, and by readers who see fewer colours."""
 
@@ -95,6 +97,94 @@ def reward_against_kl(points: dict[str, dict[str, float]], curves: dict[str, lis
     axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward")
     axes.legend(loc="lower right")
     return figure
+
+
+@styled
+def frontier(
+    paths: dict[str, list[list[dict[str, Any]]]],
+    means: dict[str, list[dict[str, Any]]],
+    limits: dict[str, list[dict[str, Any]]],
+    base_reward: float,
+) -> Figure:
+    """Reward over KL: a colour a method, the KL-optimal policy and best-of-n in grey, all starting at the base model.
+
+    Args:
+        paths: method -> a list a run of policies {kl_exact, kl_exact_se, reward, reward_se}, drawn with 95 % intervals
+            where the method has no mean, else faint.
+        means: method -> {kl, gain, half}: mean over seeds and half its interval (None: one seed).
+        limits: optimum and pooled_optimum, {kl, gain, reliable}; best_of_n, {n, kl, gain}; any may be missing.
+        base_reward: mean reward of the base model.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (method, runs) in zip(cycle(), paths.items(), strict=False):
+        mean = means.get(method)
+        for number, points in enumerate(runs):
+            draw_path(axes, points, base_reward, colour, None if mean or number else method, faint=bool(mean))
+        if mean:
+            axes.plot(
+                [p["kl"] for p in mean], [base_reward + p["gain"] for p in mean], color=colour, lw=1.8, label=method
+            )
+    right = 1.08 * max(point["kl_exact"] for runs in paths.values() for points in runs for point in points)
+    draw_limits(axes, limits, base_reward, right)
+    bounds = axes.get_ylim()  # a band of two seeds would push everything else together
+    for colour, method in zip(cycle(), paths, strict=False):
+        draw_band(axes, means.get(method, []), base_reward, colour)
+    axes.set(ylim=bounds)
+    axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward", xlim=(0, right or None))
+    for text in axes.legend(loc="lower right", fontsize=9).get_texts():  # where concave curves leave room
+        text.set_parse_math(False)
+    return figure
+
+
+def draw_path(
+    axes: Any, points: Sequence[dict[str, Any]], base_reward: float, colour: str, label: str | None, faint: bool
+) -> None:
+    """The policies of one run in order of KL, from the base model on."""
+    path = sorted(points, key=lambda point: point["kl_exact"])
+    kls, rewards = [0.0, *(p["kl_exact"] for p in path)], [base_reward, *(p["reward"] for p in path)]
+    if faint:
+        axes.plot(kls, rewards, ".-", color=colour, alpha=0.35, lw=0.8, ms=4)
+        return
+    axes.errorbar(
+        kls,
+        rewards,
+        xerr=[0.0, *(1.96 * p["kl_exact_se"] for p in path)],
+        yerr=[0.0, *(1.96 * p["reward_se"] for p in path)],
+        fmt="o-",
+        color=colour,
+        ms=4,
+        lw=1.4,
+        elinewidth=0.8,
+        label=label,
+        zorder=3,
+    )
+
+
+def draw_band(axes: Any, mean: Sequence[dict[str, Any]], base_reward: float, colour: str) -> None:
+    """The interval around the mean over seeds."""
+    middle = [base_reward + p["gain"] for p in mean]
+    low, high = ([r + sign * (p["half"] or 0.0) for r, p in zip(middle, mean, strict=True)] for sign in (-1, 1))
+    axes.fill_between([p["kl"] for p in mean], low, high, color=colour, alpha=0.18, lw=0)
+
+
+def draw_limits(axes: Any, limits: dict[str, list[dict[str, Any]]], base_reward: float, right: float) -> None:
+    """The KL-optimal policy, dotted where its estimate is unreliable; its bound; best-of-n up to a KL."""
+    styles = {"optimum": ("-", 1.8, "KL-optimal policy"), "pooled_optimum": ("--", 1.0, "bound: prompts chosen too")}
+    for name, (form, width, label) in styles.items():
+        points = limits.get(name, [])
+        kls, rewards = [p["kl"] for p in points], [base_reward + p["gain"] for p in points]
+        sure = next((i for i, p in enumerate(points) if not p["reliable"]), len(points))
+        axes.plot(kls[:sure], rewards[:sure], form, color=GREY, lw=width, label=label) if sure else None
+        if name == "optimum" and sure < len(points):
+            start = max(sure - 1, 0)
+            axes.plot(kls[start:], rewards[start:], ":", color=GREY, lw=1, label="the same, too few samples")
+    best = [point for point in limits.get("best_of_n", []) if 0 < point["kl"] < 0.97 * right]
+    if best:
+        axes.plot([p["kl"] for p in best], [base_reward + p["gain"] for p in best], "x", color=GREY, label="best of n")
+        for point in best:
+            place = (point["kl"], base_reward + point["gain"])
+            axes.annotate(f"{point['n']}", place, (4, -10), textcoords="offset points", fontsize=8, color=GREY)
 
 
 @styled
@@ -226,6 +316,15 @@ def svg(figure: Figure) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
     return text[text.index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """PATH.svg, and PATH.png on white for pages that show no SVG."""
+    write_text(path.with_suffix(".svg"), svg(figure))
+    partial = partial_name(path.with_suffix(".png"))
+    with rc_context(STYLE):
+        figure.savefig(partial, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    partial.replace(path.with_suffix(".png"))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ No random state is stored: a phase seeds every generator from the run's seed, it
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,32 @@ def load_weights(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None
     Raises:
         ValueError: other names or shapes than those trained now, or values that are not finite.
     """
-    saved, wanted = load_file(folder / WEIGHTS), dict(parameters)
+    copy_values(f"the checkpoint {folder}", load_file(folder / WEIGHTS), dict(parameters))
+
+
+def copy_values(source: str, saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Copy saved values into parameters.
+
+    Args:
+        source: what messages call the file.
+        saved: values by name.
+        wanted: the parameters by name.
+
+    Raises:
+        ValueError: the names or shapes are not the same, or a value is not finite; nothing is copied then.
+    """
     if saved.keys() != wanted.keys():
         differing = sorted(saved.keys() ^ wanted.keys())[0]
-        raise ValueError(f"the checkpoint {folder} belongs to another run: {differing} is not in both")
+        raise ValueError(f"{source} belongs to another run: {differing} is not in both")
     for name, parameter in wanted.items():
         if saved[name].shape != parameter.shape:
             raise ValueError(
-                f"the checkpoint {folder} belongs to another run: {name} has shape {list(saved[name].shape)} there,"
+                f"{source} belongs to another run: {name} has shape {list(saved[name].shape)} there,"
                 f" {list(parameter.shape)} here"
             )
         if not torch.isfinite(saved[name]).all():
-            raise ValueError(f"the checkpoint {folder} is unusable: {name} is not finite")
+            raise ValueError(f"{source} is unusable: {name} is not finite")
+    for name, parameter in wanted.items():
         parameter.data.copy_(saved[name])
 
 

@@ -133,21 +133,27 @@ def calibrate(trainer: "PPOTrainer", parts: "Parts") -> None:
 
 def train(trainer: "PPOTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
     """All phases, from the checkpoint on when there is one."""
+    from saerl_cli.rl import snapshots
     from saerl_cli.rl.summary import coefficient_statistics
 
     run, phases, every = parts.run, parts.config.algo.phases, parts.config.evaluation.every
     bars = task_bars(["PPO"]) if run.writes else contextlib.nullcontext(lambda name, share, note: None)
     with bars as update:
+        kept = snapshots.phases_kept(parts.config)
 
         def on_phase(metrics: dict[str, float]) -> None:
             phase, step = int(metrics["phase"]), trainer.state.global_step
             run.log(step, **metrics, **coefficient_statistics(policy.model))
             if run.writes and (phase == phases or (every and phase % every == 0)):
                 write_samples(parts, policy, step)
+            if run.writes and phase in kept:
+                snapshots.save(run.path, step, trainer.trainable())
             note = f"phase {phase}/{phases}, reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}"
             update("PPO", phase / phases, note)
 
         trainer.on_phase = on_phase
+        if run.writes:
+            snapshots.drop_after(run.path, checkpoint[0] if checkpoint else 0)
         if checkpoint is None:
             trainer.train()
             return

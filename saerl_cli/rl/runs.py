@@ -1,5 +1,6 @@
 """Finding the policy in a run directory of `saerl rlhf`, without importing torch."""
 
+import re
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -40,3 +41,9 @@ def policy_folder(run_path: Path | str, config: RlhfConfig) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{run_path} has no {folder.name} folder: the run has not finished; run its command again")
     return folder
+
+
+def snapshot_files(run_path: Path | str) -> list[tuple[int, Path]]:
+    """Step and file of every policy kept along the way of a run, in order."""
+    files = (Path(run_path) / "policies").glob("step-*.safetensors")
+    return sorted((int(match[1]), file) for file in files if (match := re.fullmatch(r"step-(\d+)", file.stem)))

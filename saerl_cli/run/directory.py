@@ -5,6 +5,7 @@ metrics.jsonl       one object a logged step
 samples.jsonl       prompts and completions
 summary.json        the final numbers
 checkpoints/        checkpoint-N, complete or absent
+policies/           step-N.safetensors: what training had made of its parameters
 .lock               the processes that write here now
 """
 
@@ -120,7 +121,7 @@ class Run:
 
     def tidy(self) -> None:
         """Remove what a killed process left half-written."""
-        for folder in (self.path, self.checkpoint_folder):
+        for folder in (self.path, self.checkpoint_folder, self.path / "policies"):
             for partial in folder.glob(".*.partial.*"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         for file in (self.path / name for name in LINES):

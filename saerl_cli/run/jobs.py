@@ -36,7 +36,13 @@ JOBS = {
     "evaluate": Job(
         "saerl_cli.config.evaluate:EvaluateConfig",
         "saerl_cli.rl.evaluate_job:check",
-        "saerl_cli.rl.evaluate_job:work",
+        "saerl_cli.report.frontier:work",
+    ),
+    "compare": Job(
+        "saerl_cli.config.compare:CompareConfig",
+        "saerl_cli.report.compare:check",
+        "saerl_cli.report.compare:work",
+        launches=False,
     ),
 }
 """By the name of the command's root config in `conf/`."""

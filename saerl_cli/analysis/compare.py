@@ -1,0 +1,243 @@
+"""Methods at equal KL: runs of `saerl evaluate`, sorted into methods, their gains with intervals over seeds.
+
+Reads run directories only; imports no torch.
+"""
+
+import glob
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saerl_cli.analysis.frontier import (
+    Estimate,
+    Interval,
+    Limit,
+    at_kl,
+    difference_interval,
+    efficiency,
+    ratio_interval,
+    t_interval,
+)
+from saerl_cli.config.compare import CompareConfig
+from saerl_cli.rl.base import difference
+from saerl_cli.run.directory import Run
+
+KIND = "adapter.kind"
+IGNORED = ("seed", "launch.", "evaluation.", "checkpoint_every", "snapshots")
+"""Settings, or their beginnings, that do not make another method."""
+MEAN_POINTS = 40
+"""KLs at which a method's mean is drawn."""
+
+
+@dataclass
+class Evaluation:
+    """A finished run of `saerl evaluate`."""
+
+    path: Path
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    """Of the training run, {dotted key: value}."""
+
+    @property
+    def points(self) -> list[dict[str, float]]:
+        """Its policies as {kl, gain, gain_se}."""
+        return [{"kl": p["kl_exact"], "gain": p["gain"], "gain_se": p["gain_se"]} for p in self.summary["frontier"]]
+
+    @property
+    def reach(self) -> float:
+        """The largest KL that was measured, nats."""
+        return max(point["kl"] for point in self.points)
+
+
+@dataclass
+class Method:
+    """Runs that differ in their seed."""
+
+    name: str
+    runs: list[Evaluation]
+
+
+# --- finding runs ----------------------------------------------------------------------------------------------------
+
+
+def load_evaluations(words: Sequence[str]) -> list[Evaluation]:
+    """The evaluations that folders, sweeps and globs stand for, each once.
+
+    Raises:
+        ValueError: one that is missing, unfinished or not comparable with the first; the message names it.
+    """
+    found = list(dict.fromkeys(path for word in words for path in evaluated(word)))
+    evaluations = [load(path) for path in found]
+    for other in evaluations[1:]:
+        differs = difference(evaluations[0].summary["measured"], other.summary["measured"])
+        if differs:
+            raise ValueError(
+                f"{other.path} was measured with {differs} than {evaluations[0].path}; only runs of one model, reward,"
+                " prompts and sampling can be compared"
+            )
+    return evaluations
+
+
+def evaluated(word: str) -> list[Path]:
+    """Run directories of `saerl evaluate` that a word stands for."""
+    jobs: dict[Path, Any] = {}
+    for folder in [Path(path) for path in sorted(glob.glob(word))] or [Path(word)]:
+        if not folder.exists():
+            raise ValueError(f"runs: there is no folder {folder}")
+        jobs |= {file.parent: Run(file.parent).record.get("job") for file in sorted(folder.rglob("run.json"))}
+    found = [path for path, job in jobs.items() if job == "evaluate"]
+    if not found:
+        trained = [path for path, job in jobs.items() if job == "rlhf"]
+        hint = f"; measure first: saerl evaluate policy={trained[0]} snapshots=true" if trained else ""
+        raise ValueError(f"runs: {word} holds no run of `saerl evaluate`{hint}")
+    return found
+
+
+def load(path: Path) -> Evaluation:
+    """A finished evaluation."""
+    run = Run.load(path)
+    if run.status != "completed":
+        raise ValueError(f"{path} is {run.status}; finish it first: {run.record.get('command')}")
+    summary = run.read_summary()
+    if "measured" not in summary or "trained_with" not in run.record:
+        raise ValueError(f"{path} was written by an earlier version without a frontier; evaluate its policy again")
+    return Evaluation(path, summary, run.record["trained_with"])
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def methods_of(evaluations: Sequence[Evaluation], config: CompareConfig) -> list[Method]:
+    """Runs by method, named; the order is that of the runs.
+
+    Raises:
+        ValueError: a setting of `by` that no run has, a label for no method, or a seed twice.
+    """
+    settings = [{k: v for k, v in e.settings.items() if not k.startswith(IGNORED)} for e in evaluations]
+    if config.by is not None:
+        missing = [key for key in config.by if all(key not in e.settings for e in evaluations)]
+        if missing:
+            raise ValueError(f"by: no run has a setting {missing[0]}; write for instance by=[{KIND},adapter.lr]")
+    methods: dict[str, Method] = {}
+    for evaluation, own in zip(evaluations, settings, strict=True):
+        alike = [other for other in settings if other.get(KIND) == own.get(KIND)]
+        keys = differing(alike) if config.by is None else [key for key in config.by if key != KIND]
+        name = " ".join([str(own.get(KIND)), *(f"{key.split('.')[-1]}={evaluation.settings.get(key)}" for key in keys)])
+        methods.setdefault(name, Method(name, [])).runs.append(evaluation)
+    unknown = [name for name in config.labels if name not in methods]
+    if unknown:
+        raise ValueError(f"labels: there is no method {unknown[0]!r}; there are {', '.join(methods)}")
+    for method in methods.values():
+        refuse_twice(method)
+        method.name = config.labels.get(method.name, method.name)
+    if len({method.name for method in methods.values()}) < len(methods):
+        raise ValueError("labels: two methods have the same name; choose others")
+    return list(methods.values())
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose values are not all the same."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+
+
+def refuse_twice(method: Method) -> None:
+    """Refuse a run that would be counted as two seeds."""
+    seen: dict[str, Evaluation] = {}
+    for run in method.runs:
+        same = repr(sorted((k, v) for k, v in run.settings.items() if k == "seed" or not k.startswith(IGNORED)))
+        if same in seen:
+            raise ValueError(
+                f"{seen[same].path} and {run.path} are the same method with the same seed; leave one of them out"
+            )
+        seen[same] = run
+
+
+def baseline_of(methods: Sequence[Method], name: str | None) -> Method | None:
+    """The method whose gain counts as 100 %; None where there is no one such.
+
+    Raises:
+        ValueError: no method has that name.
+    """
+    if name is None:
+        full = [method for method in methods if method.runs[0].settings.get(KIND) == "full"]
+        return full[0] if len(full) == 1 else None
+    named = [method for method in methods if method.name == name]
+    if not named:
+        raise ValueError(f"baseline: there is no method {name!r}; there are {', '.join(m.name for m in methods)}")
+    return named[0]
+
+
+# --- at equal KL -----------------------------------------------------------------------------------------------------
+
+
+def common_kls(methods: Sequence[Method]) -> list[float]:
+    """A quarter, half and all of the KL that every run reaches, rounded down to two digits."""
+    reach = min(run.reach for method in methods for run in method.runs)
+    if reach <= 0:
+        raise ValueError("a run never left the base model (KL 0), so that nothing can be compared at equal KL")
+    return [rounded_down(reach * share) for share in (0.25, 0.5, 1.0)]
+
+
+def rounded_down(value: float, digits: int = 2) -> float:
+    """A number > 0 with so many significant digits, not larger."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{math.floor(value / unit) * unit:.{digits}g}")
+
+
+def gains(method: Method, kl: float) -> list[Estimate] | None:
+    """The gain of each of its runs at a KL; None unless all of them reach it, so that no seed is selected."""
+    found = [at_kl(run.points, kl) for run in method.runs]
+    reached = [gain for gain in found if gain is not None]
+    return reached if len(reached) == len(found) else None
+
+
+def row(method: Method, kl: float, baseline: Method | None, limit: Limit | None) -> dict[str, Any]:
+    """A method at a KL, as plain data.
+
+    Returns:
+        method, runs, kl, reached (runs that get there), gain, difference (gain minus the baseline's), share (of the
+        baseline's gain), efficiency (against the KL-optimal policy), each with `_half`, half its 95 % interval:
+        Student's t over seeds; of a single run, for gain and efficiency, from its samples alone. What is not reached or
+        not to be had is None.
+    """
+    reached = sum(run.reach >= kl for run in method.runs)
+    numbers: dict[str, Any] = {"method": method.name, "kl": kl, "runs": len(method.runs), "reached": reached}
+    own = gains(method, kl)
+    theirs = gains(baseline, kl) if baseline else None
+    both = ([e.value for e in own], [e.value for e in theirs]) if own and theirs and method is not baseline else None
+    numbers |= interval("gain", over_seeds(own))
+    numbers |= interval("difference", difference_interval(*both) if both else None)
+    numbers |= interval("share", ratio_interval(*both) if both else None)
+    shares = [efficiency(e.value, e.se, kl, 0.0, limit) for e in own or []] if limit else []
+    known = [e for e in shares if e is not None]
+    return numbers | interval("efficiency", over_seeds(known if len(known) == len(shares) else None))
+
+
+def over_seeds(estimates: Sequence[Estimate] | None) -> Interval | None:
+    """Mean and interval over runs; of one run the interval of its samples."""
+    if not estimates:
+        return None
+    if len(estimates) == 1:
+        return Interval(estimates[0].value, 1.96 * estimates[0].se)
+    return t_interval([estimate.value for estimate in estimates])
+
+
+def interval(name: str, value: Interval | None) -> dict[str, float | None]:
+    """An interval as two entries."""
+    return {name: value and value.mean, f"{name}_half": value and value.half}
+
+
+def mean_curve(method: Method) -> list[dict[str, Any]]:
+    """Mean gain over runs, {kl, gain, half}, from the base model to the KL that all of them reach; of two runs on."""
+    if len(method.runs) < 2:
+        return []
+    reach = min(run.reach for run in method.runs)
+    points = []
+    for kl in [*(reach * i / MEAN_POINTS for i in range(MEAN_POINTS)), reach]:
+        found = over_seeds(gains(method, kl))
+        assert found is not None, "every run reaches it"
+        points.append({"kl": kl, "gain": found.mean, "half": found.half})
+    return points

@@ -1,0 +1,41 @@
+"""Settings of `saerl compare`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from saerl_cli.config.groups import refuse_unless
+
+
+@dataclass
+class CompareConfig:
+    """Many runs of `saerl evaluate` on one reward-KL frontier: methods at equal KL, with intervals over seeds."""
+
+    runs: Any = MISSING
+    """A run of `saerl evaluate`, a folder of them (a sweep), a glob, or a list of these."""
+    kls: list[float] | None = None
+    """KLs at which methods are compared, nats per completion; when empty a quarter, half and all of what every run
+    reaches."""
+    by: list[str] | None = None
+    """Settings of the training runs that make a method, for instance by=[adapter.kind,adapter.lr]; when empty the kind
+    of adapter and whatever differs between runs of one kind, but for seeds, processes and how they were measured."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What to call methods: automatic name -> shown name."""
+    baseline: str | None = None
+    """Name of the method whose gain counts as 100 %; that of adapter=full when empty and there is one."""
+
+    def __post_init__(self) -> None:
+        refuse_unless(
+            bool(self.paths()) and all(isinstance(path, str) and path for path in self.paths()),
+            f"runs must be a folder or a list of folders, for instance runs=[runs/a,runs/b], got {self.runs}",
+        )
+        refuse_unless(
+            self.kls is None or (bool(self.kls) and min(self.kls) > 0),
+            f"kls must be a list of KLs > 0 in nats, for instance kls=[0.5,1,2], got {self.kls}",
+        )
+        refuse_unless(self.by is None or bool(self.by), "by is empty; name settings, for instance by=[adapter.kind]")
+
+    def paths(self) -> list[Any]:
+        """`runs` as a list."""
+        return list(self.runs) if isinstance(self.runs, list) else [self.runs]

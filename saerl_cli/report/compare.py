@@ -1,0 +1,129 @@
+"""`saerl compare`: methods at equal KL, from runs of `saerl evaluate`.
+
+summary.json    methods {name: {runs, trainable_parameters, nonzero, ...}}, table, and the limits
+table.csv       a line a method and KL
+figure.csv      what figure.svg and figure.png show
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from saerl_cli.analysis.compare import (
+    Evaluation,
+    Method,
+    baseline_of,
+    common_kls,
+    load_evaluations,
+    mean_curve,
+    methods_of,
+    row,
+)
+from saerl_cli.analysis.frontier import t_interval
+from saerl_cli.config.compare import CompareConfig
+from saerl_cli.report import figures
+from saerl_cli.report.frontier import Limits, curves, limits_of, write_frontier
+from saerl_cli.report.saes import aligned
+from saerl_cli.rl import base
+from saerl_cli.run.directory import Run
+from saerl_cli.run.files import read_jsonl
+from saerl_cli.run.progress import say
+
+COLUMNS = (
+    ("method", "method", "{}"),
+    ("seeds", "runs", "{}"),
+    ("trainable", "trainable_parameters", "{:,}"),
+    ("nonzero", "nonzero", "{:,.0f}"),
+    ("KL, nats", "kl", "{:g}"),
+    ("gain", "gain", "{:.3f}"),
+    ("minus baseline", "difference", "{:+.3f}"),
+    ("of baseline", "share", "{:.0%}"),
+    ("of optimum", "efficiency", "{:.0%}"),
+)
+"""Heading, key, format."""
+
+
+def check(config: CompareConfig) -> None:
+    """Refuse runs that are missing, unfinished or not comparable.
+
+    Raises:
+        ValueError: one line saying what is wrong.
+    """
+    methods = methods_of(load_evaluations(config.paths()), config)
+    baseline_of(methods, config.baseline)
+    if config.kls is None:
+        common_kls(methods)
+
+
+def work(config: CompareConfig, run: Run) -> None:
+    """Compare; write summary.json, table.csv and the figure, print the table."""
+    evaluations = load_evaluations(config.paths())
+    methods = methods_of(evaluations, config)
+    baseline = baseline_of(methods, config.baseline)
+    limits = best_limits(evaluations)
+    kls = config.kls or common_kls(methods)
+    facts = {method.name: facts_of(method) for method in methods}
+    rows = [
+        row(method, kl, baseline, limits and limits.optimum)
+        | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero")}
+        for kl in kls
+        for method in methods
+    ]
+    first = evaluations[0].summary
+    numbers = {"reward_base": first["reward_base"], "baseline": baseline and baseline.name, "methods": facts}
+    numbers |= {"table": rows, "measured": first["measured"]}
+    numbers |= curves(limits, max(evaluation.reach for evaluation in evaluations))
+    paths = {method.name: [evaluation.summary["frontier"] for evaluation in method.runs] for method in methods}
+    means = {method.name: mean for method in methods if (mean := mean_curve(method))}
+    write_frontier(run.path, "figure", paths, means, numbers)
+    figures.write_csv(run.path / "table.csv", rows)
+    run.update(inputs={"runs": [str(evaluation.path) for evaluation in evaluations]})
+    run.summary(numbers)
+    show(rows, methods, limits)
+
+
+def best_limits(evaluations: Sequence[Evaluation]) -> Limits | None:
+    """The limits from the run with the most base samples: all runs share model, reward and prompts."""
+    drawn = [read_jsonl(evaluation.path / base.FILE) for evaluation in evaluations]
+    return limits_of(max(drawn, key=lambda lines: len(lines[0]["rewards"]) if lines else 0))
+
+
+def facts_of(method: Method) -> dict[str, Any]:
+    """A method's runs and final policies, as plain data."""
+    last = [run.summary["frontier"][-1] for run in method.runs]
+    nonzero = [point["nonzero"] for point in last if "nonzero" in point]
+    gain, kl = t_interval([point["gain"] for point in last]), t_interval([point["kl_exact"] for point in last])
+    return {
+        "adapter": method.runs[0].summary["adapter"],
+        "runs": [str(run.path) for run in method.runs],
+        "seeds": [run.settings.get("seed") for run in method.runs],
+        "trainable_parameters": method.runs[0].summary["trainable_parameters"],
+        "nonzero": sum(nonzero) / len(nonzero) if nonzero else None,
+        "gain": gain.mean,
+        "gain_half": gain.half,
+        "kl": kl.mean,
+        "kl_half": kl.half,
+    }
+
+
+def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: Limits | None) -> None:
+    """Print the table and how to read it."""
+    columns = [column for column in COLUMNS if any(entry[column[1]] is not None for entry in rows)]
+    lines = [[heading for heading, _, _ in columns]]
+    lines += [[cell(entry, key, form) for _, key, form in columns] for entry in rows]
+    print(aligned(lines, words=1), flush=True)
+    say("± half a 95 % interval: over seeds (Student's t), of a single run over its samples")
+    if limits is None:
+        say("no base samples: evaluate one of the runs with base_samples=64 for the KL-optimal policy")
+    alone = [method.name for method in methods if len(method.runs) == 1]
+    if alone:
+        say(f"WARNING: one seed of {', '.join(alone)} says nothing about other seeds")
+
+
+def cell(entry: dict[str, Any], key: str, form: str) -> str:
+    """A number with half its interval; a dash for what is not to be had."""
+    if key == "gain" and entry["gain"] is None:
+        return f"not reached ({entry['reached']} of {entry['runs']})"
+    if entry[key] is None:
+        return "–"
+    half = entry.get(f"{key}_half")
+    return form.format(entry[key]) + (f" ± {form.replace('+', '').format(half)}" if half else "")

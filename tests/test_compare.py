@@ -1,0 +1,201 @@
+"""`saerl compare`: methods and seeds from evaluations written by hand, and the real commands on a tiny model."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_rl_job
+from test_rl_job import do, settings
+
+from saerl_cli.analysis.compare import Method, common_kls, load_evaluations, mean_curve, methods_of, rounded_down, row
+from saerl_cli.analysis.frontier import kl_optimum
+from saerl_cli.config.compare import CompareConfig
+from saerl_cli.report import compare
+from saerl_cli.run.directory import Run
+
+saes = test_rl_job.saes  # a fixture
+
+MEASURED = {"model": "ab", "reference": "model", "reward": {}, "samples": 64, "seed": 1, "prompts": "cd"}
+
+
+def evaluation(folder: Path, adapter: str, seed: int, slope: float, reach: float = 2.0, **more) -> Path:
+    """A finished evaluation whose gain is `slope` times the KL, measured at half and all of its reach."""
+    folder.mkdir(parents=True)
+    frontier = [
+        {
+            "step": step,
+            "kl_exact": kl,
+            "kl_exact_se": 0.01,
+            "reward": slope * kl - 1,
+            "reward_se": 0.1,
+            "gain": slope * kl,
+            "gain_se": 0.05,
+            **({"nonzero": 10 + seed} if adapter != "full" else {}),
+        }
+        for step, kl in ((1, reach / 2), (2, reach))
+    ]
+    measured = MEASURED | more.pop("measured", {})
+    summary = {"adapter": adapter, "reward_base": -1.0, "trainable_parameters": 64, "frontier": frontier}
+    record = {"job": "evaluate", "status": more.pop("status", "completed"), "command": "saerl evaluate ..."}
+    trained = {"adapter.kind": adapter, "adapter.lr": 0.1, "seed": seed, "launch.threads": seed, **more}
+    (folder / "run.json").write_text(json.dumps(record | {"trained_with": trained}))
+    (folder / "summary.json").write_text(json.dumps(summary | {"measured": measured}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Three seeds of coefficients with slopes 1, 2, 3; two of full with slope 4, one of which stops early."""
+    for seed in range(3):
+        evaluation(tmp_path / "runs" / f"coeffs-{seed}", "sparse_coeffs", seed, seed + 1.0)
+    evaluation(tmp_path / "runs" / "full-0", "full", 0, 4.0)
+    evaluation(tmp_path / "runs" / "full-1", "full", 1, 4.0, reach=1.0)
+    return tmp_path / "runs"
+
+
+def methods(runs: Path, **config):
+    config = CompareConfig(runs=str(runs), **config)
+    return methods_of(load_evaluations(config.paths()), config)
+
+
+def test_runs_that_differ_in_their_seed_are_one_method(runs):
+    coeffs, full = methods(runs)
+    assert (coeffs.name, len(coeffs.runs), full.name, len(full.runs)) == ("sparse_coeffs", 3, "full", 2)
+    evaluation(runs / "other", "sparse_coeffs", 0, 1.0, **{"adapter.lr": 0.5})
+    assert [m.name for m in methods(runs)] == ["sparse_coeffs lr=0.1", "full", "sparse_coeffs lr=0.5"]
+    assert [m.name for m in methods(runs, by=["adapter.kind"])] == ["sparse_coeffs", "full"]
+    named = methods(runs, labels={"full": "all weights", "sparse_coeffs lr=0.5": "fast"})
+    assert [m.name for m in named] == ["sparse_coeffs lr=0.1", "all weights", "fast"]
+
+
+def test_gains_at_equal_kl_by_hand(runs):
+    coeffs, full = methods(runs)
+    found = row(coeffs, 0.5, full, None)
+    t2 = 4.302653
+    assert (found["gain"], found["share"]) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert found["gain_half"] == pytest.approx(t2 * 0.5 / math.sqrt(3), rel=1e-6)
+    t1 = 12.7062  # two runs of full leave one degree of freedom
+    assert found["share_half"] == pytest.approx(t1 * 0.5 / math.sqrt(3) / 2, rel=1e-5)
+    assert found["difference"] == pytest.approx(-1)
+    assert found["difference_half"] == pytest.approx(t2 * 0.5 / math.sqrt(3)), "full does not vary: Welch has 2 degrees"
+    assert row(full, 0.5, full, None)["share"] is None and found["efficiency"] is None
+    curve = mean_curve(coeffs)
+    for reach in np.random.default_rng(0).uniform(0.1, 5, size=20):
+        rounded = [evaluation(runs / f"{reach}-{seed}", "full", seed, 1.0, float(reach)) for seed in (0, 1)]
+        assert mean_curve(Method("full", load_evaluations([str(run) for run in rounded])))[-1]["kl"] == reach
+    assert curve[0]["gain"] == 0 and curve[-1]["kl"] == 2 and curve[-1]["gain"] == pytest.approx(4)
+
+
+def test_a_kl_that_a_seed_does_not_reach_is_not_filled_in(runs):
+    coeffs, full = methods(runs)
+    beyond = row(full, 1.5, full, None)
+    assert beyond["gain"] is None and beyond["share"] is None and (beyond["reached"], beyond["runs"]) == (1, 2)
+    found = row(coeffs, 1.5, full, None)
+    assert found["gain"] == pytest.approx(3) and found["share"] is None
+    assert row(coeffs, 9.0, full, None)["reached"] == 0
+    assert common_kls([coeffs, full]) == [0.25, 0.5, 1.0]
+    assert (rounded_down(0.3789), rounded_down(123.0), rounded_down(1.0)) == (0.37, 120.0, 1.0)
+
+
+def test_efficiency_is_the_mean_over_seeds(runs):
+    limit = kl_optimum(np.random.default_rng(0).normal(size=(2000, 64)) * 4)
+    coeffs, _ = methods(runs)
+    found = row(coeffs, 0.5, None, limit)
+    best = limit.at(0.5).gain
+    assert found["efficiency"] == pytest.approx(1 / best) and best == pytest.approx(4, rel=0.02)
+    assert found["efficiency_half"] == pytest.approx(found["gain_half"] / best)
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(runs, tmp_path):
+    def refusal(**config) -> str:
+        with pytest.raises(ValueError) as caught:
+            compare.check(CompareConfig(**{"runs": str(runs), **config}))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no folder" in refusal(runs=str(tmp_path / "nowhere"))
+    assert "kls must be a list of KLs > 0" in refusal(kls=[0.0])
+    assert "by: no run has a setting adapter.rank" in refusal(by=["adapter.rank"])
+    assert "labels: there is no method 'lora'; there are sparse_coeffs, full" in refusal(labels={"lora": "x"})
+    assert "baseline: there is no method 'lora'" in refusal(baseline="lora")
+    assert "same method with the same seed" in refusal(
+        runs=[str(runs), str(evaluation(tmp_path / "twice", "full", 0, 4.0))]
+    )
+    other = evaluation(tmp_path / "other", "full", 7, 4.0, measured={"model": "zz"})
+    assert f"{other} was measured with another model than" in refusal(runs=[str(runs), str(other)])
+    other = evaluation(tmp_path / "prompts", "full", 7, 4.0, measured={"prompts": "zz"})
+    assert "was measured with other prompts than" in refusal(runs=[str(runs), str(other)])
+    other = evaluation(tmp_path / "half", "full", 7, 4.0, status="interrupted")
+    assert f"{other} is interrupted; finish it first: saerl evaluate" in refusal(runs=[str(runs), str(other)])
+    (other / "run.json").write_text(json.dumps({"job": "rlhf"}))
+    assert f"measure first: saerl evaluate policy={other} snapshots=true" in refusal(runs=str(other))
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_table_figure_and_numbers(saerl, runs):
+    rewards = np.random.default_rng(0).normal(size=(50, 16)) * 4
+    lines = [json.dumps({"prompt": str(i), "rewards": list(line)}) + "\n" for i, line in enumerate(rewards)]
+    (runs / "full-0" / "base.jsonl").write_text("".join(lines))
+    done = saerl("compare", f"runs={runs}/*", "kls=[0.5,1.5]", "labels={full: all weights}", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    heading = "method seeds trainable nonzero KL, nats gain minus baseline of baseline of optimum"
+    assert " ".join(done.stdout.splitlines()[0].split()) == heading
+    assert "not reached (1 of 2)" in done.stdout
+    summary = Run(Path("out")).read_summary()
+    coeffs, full = summary["table"][:2]
+    assert (coeffs["method"], full["method"], coeffs["nonzero"], full["nonzero"]) == (
+        "sparse_coeffs",
+        "all weights",
+        11,
+        None,
+    )
+    assert coeffs["share"] == pytest.approx(0.5) and coeffs["efficiency"] == pytest.approx(0.25, rel=0.1)
+    assert summary["best_of_n"][-1]["n"] == 16 and summary["baseline"] == "all weights"
+    with Path("out", "table.csv").open() as file:
+        assert [float(line["kl"]) for line in csv.DictReader(file)] == [0.5, 0.5, 1.5, 1.5]
+    drawn = Path("out", "figure.csv").read_text()
+    assert "optimum" in drawn and "sparse_coeffs (mean)" in drawn and Path("out", "figure.png").stat().st_size > 0
+    refused = saerl("compare", f"runs={runs}/nothing")
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_from_training_to_the_comparison(saerl, empty_place, saes):
+    """Two seeds of coefficients and one of full, on one set of prompts, through the command line."""
+    do(empty_place / "coeffs-0", settings(saes))
+    do(empty_place / "coeffs-1", settings(saes, "seed=1"))
+    do(empty_place / "full-0", settings(None, "snapshots=1"))
+    words = ["evaluation.samples=24", "evaluation.heldout_tokens=500", "snapshots=true", "launch.cpu=true"]
+    first = saerl("evaluate", "policy=coeffs-0", *words, "base_samples=8", "hydra.run.dir=measured/coeffs-0")
+    assert first.returncode == 0, first.stderr
+    assert "efficiency" in first.stdout and len(first.stdout.splitlines()) == 4
+    for name in ("coeffs-1", "full-0"):
+        done = saerl("evaluate", f"policy={name}", *words, "base=measured/coeffs-0", f"hydra.run.dir=measured/{name}")
+        assert done.returncode == 0, done.stderr
+    done = saerl("compare", "runs=measured", "kls=[0.0001,50]", "hydra.run.dir=compared")
+    assert done.returncode == 0, done.stderr
+    out = empty_place / "compared"
+    summary = Run(out).read_summary()
+    assert summary["methods"].keys() == {"sparse_coeffs", "full"} and summary["baseline"] == "full"
+    assert summary["methods"]["sparse_coeffs"]["seeds"] == [0, 1] and summary["methods"]["full"]["nonzero"] is None
+    with (out / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(line["method"], line["kl"]) for line in table] == [
+        ("sparse_coeffs", "0.0001"),
+        ("full", "0.0001"),
+        ("sparse_coeffs", "50.0"),
+        ("full", "50.0"),
+    ]
+    assert table[0]["gain"] and table[0]["trainable_parameters"] == "128" and not table[2]["gain"]
+    assert done.stdout.count("not reached (0 of 2)") == 1 and "one seed of full" in done.stderr
+    for name in ("figure.svg", "figure.png", "figure.csv"):
+        assert (out / name).stat().st_size > 0
+    refused = saerl("compare", "runs=coeffs-0")
+    assert refused.returncode == 2 and "measure first: saerl evaluate policy=coeffs-0" in refused.stderr
+    again = saerl("evaluate", "policy=full-0", "snapshots=true", "base=coeffs-0")
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
