@@ -108,18 +108,29 @@ def compare(overrides: Overrides = None, help: Help = False) -> None:
 @app.command("export")
 def export(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Run of saerl train-sae, SAE folder, or sae_lens:RELEASE/ID.")
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Run of saerl train-sae, SAE folder, or sae_lens:RELEASE/ID; run of saerl rlhf, or adapter folder.",
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", help="saelens, dictionary_learning or sparsify.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="SAEs: saelens, dictionary_learning or sparsify. Policies: compact, peft or model."),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to make; beside PATH when empty.")] = None,
     site: Annotated[str | None, typer.Option("--site", help="Only the SAEs of this site, as mlp_out.3.")] = None,
 ) -> None:
-    """Write SAEs in the format of another library."""
+    """Write SAEs in the format of another library, or a policy as a small adapter or a model."""
+    from saerl_cli.rl.export import FORMS, export_policy
     from saerl_cli.run.bridge import refuse
     from saerl_cli.sae.export import export_saes
 
+    if to in FORMS and site is not None:
+        refuse(f"--site chooses SAEs; a policy is exported whole with --to {to}")
     try:
-        typer.echo("\n".join(export_saes(path, to, out, site)))
+        lines = export_policy(Path(path), to, out) if to in FORMS else export_saes(path, to, out, site)
+        typer.echo("\n".join(lines))
     except ValueError as error:
         refuse(error)
     except OSError as error:  # a full disk, a folder that may not be written

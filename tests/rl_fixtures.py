@@ -7,7 +7,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saerl_cli.adapter import sparse_coeffs
+from saerl_cli.adapter import peft_config
+from saerl_cli.adapter.restraint import Restraint
+from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig, Splice
+from saerl_cli.models import Loaded
 from saerl_cli.rl.ppo_config import PPOConfig
 from saerl_cli.rl.trainer import PPOTrainer
 from saerl_cli.sae.autoencoder import SAE
@@ -67,17 +70,24 @@ def prompts(count: int = 64) -> Dataset:
     return Dataset.from_dict({"prompt": [f"w{i % 30} w{7 * i % 30} w{i * i % 29}" for i in range(count)]})
 
 
+LEARNING_RATES = {"full": 1e-3, "lora": 1e-3, "bias_only": 3e-3, "steering_vector": 3e-3}
+"""Of the tiny model; 5e-2 for the others."""
+
+
 def build_trainer(
-    folder: Path, adapter: str = "sparse_coeffs", splice: str = "error_preserving", reward=good_share, **settings
+    folder: Path,
+    adapter: str = "sparse_coeffs",
+    splice: str = "error_preserving",
+    reward=good_share,
+    sparsity: SparsityConfig | None = None,
+    free: dict | None = None,
+    **settings,
 ) -> PPOTrainer:
     """A PPO run of phases of 16 completions, 4 minibatches, 2 epochs: 8 optimiser steps a phase."""
     extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset") if name in settings}
     model = settings.pop("model", None) or tiny_model(folder / "model")
-    peft_config = None
-    if adapter == "sparse_coeffs":
-        tiny_sae(folder / "sae")
-        peft_config = sparse_coeffs(model, folder / "sae", splice=splice)
-    else:
+    chosen = peft_config(*adapter_settings(folder, model, adapter, splice, sparsity))
+    if chosen is None:
         model.requires_grad_(True)
     defaults = {
         "max_steps": 8 * settings.pop("phases", 3),
@@ -85,17 +95,17 @@ def build_trainer(
         "steps_per_generation": 4,
         "num_iterations": 2,
         "max_completion_length": 10,
-        "learning_rate": 5e-2 if adapter == "sparse_coeffs" else 1e-3,
+        "learning_rate": LEARNING_RATES.get(adapter, 5e-2),
         "beta": 0.02,
         "save_strategy": "no",
         "seed": 3,
     }
-    return PPOTrainer(
+    trainer = PPOTrainer(
         model=model,
         reward_funcs=reward,
         processing_class=word_tokenizer(),
         train_dataset=extra.pop("train_dataset", None) or prompts(),
-        peft_config=peft_config,
+        peft_config=chosen,
         args=PPOConfig(
             **{"output_dir": str(folder / "out"), **defaults, **settings},
             use_cpu=True,
@@ -104,6 +114,19 @@ def build_trainer(
         ),
         **extra,
     )
+    if sparsity is not None or free is not None:
+        trainer.restraint = Restraint(trainer.model, sparsity or SparsityConfig(), free)
+    return trainer
+
+
+def adapter_settings(folder: Path, model, kind: str, splice: str, sparsity: SparsityConfig | None = None) -> tuple:
+    """What `peft_config` is given; SAEs at both MLP outputs for the control, at the second for coefficients."""
+    sites = {"sparse_coeffs": ["mlp_out.1"], "random_dictionary": ["mlp_out.0", "mlp_out.1"]}.get(kind, [])
+    saes = {site: tiny_sae(folder / "sae", site) for site in sites}
+    loaded = Loaded(model, word_tokenizer(), "tiny", None, None, 32, folder / "model")
+    given = {"saes": str(folder / "sae"), "splice": Splice(splice)} if sites else {}
+    given |= {"sparsity": sparsity} if sparsity else {}
+    return AdapterConfig(kind=AdapterKind(kind), **given), loaded, saes
 
 
 def trained(trainer: PPOTrainer) -> dict[str, torch.Tensor]:

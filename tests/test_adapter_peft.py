@@ -454,19 +454,22 @@ def test_statistics_of_coefficients(tmp_path):
     one.data[[3, 5, 7]] = torch.tensor([0.5, -1.5, 1e-4])
     assert delta_statistics(policy, eps=1e-3) == {
         "coefficients": 2 * FEATURES,
+        "nonzero": 3,
         "changed": 2,
         "flipped": 1,
         "largest": 1.5,
         "sites": {
             "mlp_out.1": {
                 "coefficients": FEATURES,
+                "nonzero": 3,
                 "changed": 2,
                 "flipped": 1,
                 "largest": 1.5,
                 "l1": pytest.approx(2.0001),
                 "top": [{"feature": 5, "delta": -1.5}, {"feature": 3, "delta": 0.5}],
             },
-            "mlp_out.2": {"coefficients": FEATURES, "changed": 0, "flipped": 0, "largest": 0.0, "l1": 0.0, "top": []},
+            "mlp_out.2": dict.fromkeys(("coefficients", "nonzero", "changed", "flipped", "largest", "l1"), 0)
+            | {"coefficients": FEATURES, "top": []},
         },
     }
     assert delta_statistics(tiny_neox())["coefficients"] == 0

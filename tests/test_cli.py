@@ -122,6 +122,7 @@ def test_every_option_of_a_group_composes(name, word):
         "data=text": ["data.path=x"],
         "data=hub": ["data.name=a/b"],
         "adapter=sparse_coeffs": ["adapter.saes=x"],
+        "adapter=random_dictionary": ["adapter.saes=x"],
         "reward=lexicon": ["reward.parts.lexicon.path=x"],
         "reward=hf": ["reward.parts.model.path=x"],
         "reward=python": ["reward.parts.function.function=a:b"],

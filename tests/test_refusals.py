@@ -78,7 +78,7 @@ CONTRADICTIONS = [
     Case("train-sae model.revision=step3000", "model.revision belongs to a Hub model"),
     Case("train-sae data=text", "data=text needs data.path=FILE"),
     Case("train-sae data.heldout=0.9", "data.heldout must be in (0, 0.5]"),
-    Case("rlhf adapter.saes=x", "adapter.saes and adapter.sites belong to adapter=sparse_coeffs"),
+    Case("rlhf adapter.saes=x", "adapter.saes belongs to adapter=sparse_coeffs"),
     Case("rlhf --sparse-coeffs", "needs adapter.saes=DIR"),
     Case("rlhf algo.kl_coef=0", "algo.kl_coef must be > 0"),
     Case("rlhf algo.minibatches=7", "algo.minibatches=7 must divide algo.rollouts=64"),

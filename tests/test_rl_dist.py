@@ -22,7 +22,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("adapter", ["sparse_coeffs", "full"])
+@pytest.mark.parametrize("adapter", ["sparse_coeffs", "full", "lora", "bias_only", "gated"])
 def test_two_processes_learn_what_one_learns(tmp_path, adapter):
     build_trainer(tmp_path)  # makes model and SAE before two processes look for them
     env = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
@@ -73,6 +73,18 @@ def untimed(run: Path) -> list[dict]:
     """metrics.jsonl without what the clock decides."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+def test_random_directions_and_effects_are_shared_by_two_processes(saerl, tiny_world_model, empty_place):
+    tiny_sae(empty_place / "saes")
+    words = ["rlhf", "adapter=random_dictionary", *WORDS[2:], f"adapter.saes={empty_place / 'saes'}", "algo.phases=1"]
+    few = ["adapter.sparsity.l1=0.01", "adapter.sparsity.l1_scale=effect", "adapter.sparsity.hard_concrete=1e-3"]
+    done = saerl(*words, *few, "launch=cpu_2", "launch.cpu=true", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((empty_place / "run" / "run.json").read_text())
+    assert record["frozen_unchanged"] is True and record["num_processes"] == 2
+    assert record["inputs"]["sae"]["mlp_out.1"]["path"].endswith("run/sae/mlp_out.1")
+    assert untimed(empty_place / "run")[0]["kl"] == 0
 
 
 def test_another_number_of_processes_is_another_run(saerl, tiny_world_model, empty_place):

@@ -135,7 +135,7 @@ def refusals(place: Path) -> dict[str, tuple[list[object], str]]:
         "added to": ([run, "--to", "saelens", "--out", place / "made"], "no export made (resid_post.0/notes.txt)"),
         "no manifest": ([run, "--to", "saelens", "--out", place / "other"], "no export made (export.json)"),
         "a file": ([run, "--to", "saelens", "--out", place / "file"], "exists and is no folder"),
-        "itself": ([run, "--to", "saelens", "--out", run], "holds the SAEs that are to be exported"),
+        "itself": ([run, "--to", "saelens", "--out", run], "holds what is to be exported"),
         "kind": ([place / "transcoder", "--to", "dictionary_learning"], "has autoencoders only"),
     }
 

@@ -1,16 +1,21 @@
-"""SAE feature coefficients as a PEFT method.
+"""SAE feature coefficients as a PEFT method, and what they are compared with.
 
-Importing this package makes the method known to PEFT: adapters of the kind `SPARSE_COEFFS` then load with
-`PeftModel.from_pretrained` and every other door of PEFT.
+Importing this package makes our methods known to PEFT: adapters of the kinds `SPARSE_COEFFS` and `ACTIVATION_VECTOR`
+then load with `PeftModel.from_pretrained` and every other door of PEFT. So do, with `AutoModelForCausalLM`, models that
+`saerl export --to model` wrote.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from saerl_cli.adapter import vector
+from saerl_cli.adapter.choose import peft_config
 from saerl_cli.adapter.coefficients import biases, delta_statistics, deltas, site_layers
 from saerl_cli.adapter.config import PEFT_TYPE, SPLICES, SparseCoeffConfig, sparse_coeffs
 from saerl_cli.adapter.files import check_adapter, load_adapter, read_deltas, save_adapter
 from saerl_cli.adapter.layer import FixedSplice, SparseCoeffLayer, splice
 from saerl_cli.adapter.model import SparseCoeffModel
+from saerl_cli.adapter.spliced import SplicedConfig
+from saerl_cli.adapter.vector import VectorConfig, VectorLayer, VectorModel
 
 __all__ = [
     "SPLICES",
@@ -18,11 +23,16 @@ __all__ = [
     "SparseCoeffConfig",
     "SparseCoeffLayer",
     "SparseCoeffModel",
+    "SplicedConfig",
+    "VectorConfig",
+    "VectorLayer",
+    "VectorModel",
     "biases",
     "check_adapter",
     "delta_statistics",
     "deltas",
     "load_adapter",
+    "peft_config",
     "read_deltas",
     "save_adapter",
     "site_layers",
@@ -31,6 +41,10 @@ __all__ = [
 ]
 
 # PEFT's own `register_peft_method` accepts none but the names in its enum.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SparseCoeffConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SparseCoeffModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = SparseCoeffModel.prefix
+for _name, _config, _tuner in (
+    (PEFT_TYPE, SparseCoeffConfig, SparseCoeffModel),
+    (vector.PEFT_TYPE, VectorConfig, VectorModel),
+):
+    PEFT_TYPE_TO_CONFIG_MAPPING[_name] = _config
+    PEFT_TYPE_TO_TUNER_MAPPING[_name] = _tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[_name] = _tuner.prefix

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saerl_cli.adapter.gates import gate
 from saerl_cli.adapter.layer import SparseCoeffLayer
 
 
@@ -14,8 +15,10 @@ def site_layers(model: nn.Module) -> dict[str, SparseCoeffLayer]:
 
 
 def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Site name -> a copy of delta = c - 1, [d_sae], on the CPU."""
-    return _copies(model, "sparse_coeffs_delta", adapter_name)
+    """Site name -> a copy of delta = c - 1, [d_sae], on the CPU; with gates, as they are in evaluation mode."""
+    found = _copies(model, "sparse_coeffs_delta", adapter_name)
+    gates = _copies(model, "sparse_coeffs_gate", adapter_name)
+    return {site: delta * gate(gates[site]) if site in gates else delta for site, delta in found.items()}
 
 
 def biases(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -35,12 +38,13 @@ def delta_statistics(
         adapter_name: which adapter.
 
     Returns:
-        `coefficients`, `changed`, `flipped` (delta < -1: the effect has changed its sign), `largest` |delta|, and
+        `coefficients`, `nonzero` (those not exactly untouched), `changed`, `flipped` (delta < -1: the effect has
+        changed its sign), `largest` |delta|, and
         `sites: {site: {the same, "l1": sum of |delta|, "top": [{"feature", "delta"}]}}`.
     """
     sites = {site: _statistics(delta, eps, top) for site, delta in deltas(model, adapter_name).items()}
     totals: dict[str, Any] = {
-        key: sum(site[key] for site in sites.values()) for key in ("coefficients", "changed", "flipped")
+        key: sum(site[key] for site in sites.values()) for key in ("coefficients", "nonzero", "changed", "flipped")
     }
     return totals | {"largest": max((site["largest"] for site in sites.values()), default=0.0), "sites": sites}
 
@@ -50,6 +54,7 @@ def _statistics(delta: Tensor, eps: float, top: int) -> dict[str, Any]:
     largest = size.topk(min(top, len(delta))).indices
     return {
         "coefficients": len(delta),
+        "nonzero": int((size != 0).sum()),
         "changed": int((size > eps).sum()),
         "flipped": int((delta < -1).sum()),
         "largest": float(size.max()),

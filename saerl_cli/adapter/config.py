@@ -33,6 +33,7 @@ class SparseCoeffConfig(PeftConfig):
         sae_sha256: module path -> hash of the SAE's weights file; read from the folders when left out.
         sites: module path -> name of the site, such as `mlp_out.3`; filled in when left out.
         splice: how the coefficients enter the forward pass (formulas: `saerl_cli.adapter.layer`).
+        gates: train a hard-concrete gate beside every coefficient; a saved policy has none (`save_adapter`).
         model_sha256: hash of the base model's weight files (`saerl_cli.models.folder_sha256`); the one that the SAEs
             record when left out.
         relative_saes: `saes` relative to the folder of this file; written when saving.
@@ -45,6 +46,7 @@ class SparseCoeffConfig(PeftConfig):
     sae_sha256: dict[str, str] | None = field(default=None)
     sites: dict[str, str] | None = field(default=None)
     splice: str = field(default="error_preserving")
+    gates: bool = field(default=False)
     model_sha256: str | None = field(default=None)
     relative_saes: dict[str, str] | None = field(default=None)
 

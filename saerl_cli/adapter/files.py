@@ -1,16 +1,19 @@
-"""Adapter folders: PEFT's two files, with coefficients and nothing else in them."""
+"""Adapter folders: PEFT's two files, with the policy and nothing else in them."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saerl_cli.adapter import vector
 from saerl_cli.adapter.config import PEFT_TYPE, SparseCoeffConfig
+from saerl_cli.adapter.gates import gate
 from saerl_cli.adapter.model import SparseCoeffModel
 from saerl_cli.run.files import atomic_folder, read_json, write_safetensors, write_text
 from saerl_cli.sae.files import check_sae
@@ -20,6 +23,7 @@ Coefficients of sparse-autoencoder features: a PEFT adapter of the kind SPARSE_C
 
     import saerl_cli.adapter  # makes the kind known to PEFT
     from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     policy = PeftModel.from_pretrained(base_model, "this folder")
 
@@ -28,30 +32,67 @@ they are recognised (`sae_sha256`); they are also found in `../sae/SITE` and `sa
 """
 
 
+PLAIN_README = """\
+A PEFT adapter of the kind {kind}{ours}.
+
+{imports}    from peft import PeftModel
+
+    policy = PeftModel.from_pretrained(base_model, "this folder")
+"""
+
+
 def save_adapter(model: Any, folder: Path | str, adapter_name: str = "default") -> Path:
-    """Write the policy alone: its coefficients and their configuration, complete or not at all.
+    """Write the policy alone: what the adapter trains and its configuration, complete or not at all.
 
     A checkpoint may hold more: a value head in `modules_to_save`, a reference adapter. Neither is part of the policy.
+    Gates are multiplied into the coefficients, so that a closed gate is an exact zero.
 
     Args:
-        model: a `PeftModel` with coefficients.
+        model: a `PeftModel` of any method.
         folder: the folder to write; an existing one is replaced.
         adapter_name: which adapter.
 
     Raises:
-        ValueError: a coefficient is NaN or infinite.
+        ValueError: a value is NaN or infinite.
     """
     folder = Path(folder)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items() if _is_coefficient(key)}
     config = copy.deepcopy(model.peft_config[adapter_name])
+    prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items() if prefix in key}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} is NaN or infinite: not saved")
     config.modules_to_save, config.inference_mode = None, True
+    if config.peft_type == PEFT_TYPE:
+        config.gates, state = False, without_gates(state)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, replace=True) as temporary:
         config.save_pretrained(str(temporary))  # a sibling of `folder`, so paths relative to it are the same
         write_safetensors(temporary / SAFETENSORS_WEIGHTS_NAME, state, {"format": "pt"})
-        write_text(temporary / "README.md", README)
+        write_text(temporary / "README.md", readme(config.peft_type))
     return folder
+
+
+def without_gates(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Coefficients with their gates, as in evaluation mode, multiplied in."""
+    kept = {key: value for key, value in state.items() if ".sparse_coeffs_gate." not in key}
+    for key in state.keys() - kept.keys():
+        delta = key.replace("sparse_coeffs_gate", "sparse_coeffs_delta")
+        kept[delta] = kept[delta] * gate(state[key])  # not in place: these are the model's own tensors
+    return kept
+
+
+def readme(kind: Any) -> str:
+    """README.md of an adapter folder."""
+    if kind == PEFT_TYPE:
+        return README
+    name, ours = getattr(kind, "value", kind), kind == vector.PEFT_TYPE
+    return PLAIN_README.format(
+        kind=name,
+        ours=", which the package saerl defines" if ours else "",
+        imports="    import saerl_cli.adapter  # makes the kind known to PEFT\n" if ours else "",
+    )
 
 
 def check_adapter(folder: Path | str) -> SparseCoeffConfig:
@@ -60,11 +101,11 @@ def check_adapter(folder: Path | str) -> SparseCoeffConfig:
     Raises:
         ValueError: no such folder, another kind of adapter, damaged files, NaN, an SAE that is missing or another one.
     """
-    config, state = _read(Path(folder))
+    config, state = read_adapter(Path(folder))
     for path in config.saes or {}:
         sizes = check_sae(config.find_sae(path), config.model_sha256)
         for key, value in state.items():
-            if _module(key) == path and value.shape != (sizes["d_sae"],):
+            if module_of(key) == path and value.shape != (sizes["d_sae"],):
                 raise ValueError(
                     f"{folder}: {key} has shape {tuple(value.shape)}, but its SAE has {sizes['d_sae']} features"
                 )
@@ -74,18 +115,19 @@ def check_adapter(folder: Path | str) -> SparseCoeffConfig:
 def load_adapter(
     model: Any, folder: Path | str, adapter_name: str = "default", is_trainable: bool = False
 ) -> PeftModel:
-    """`PeftModel.from_pretrained` after `check_adapter`.
+    """`PeftModel.from_pretrained`, of coefficients after `check_adapter`.
 
     Args:
         model: the base model; it is wrapped in place.
-        folder: an adapter folder.
+        folder: an adapter folder of any method.
         adapter_name: name for it in the model.
         is_trainable: whether its coefficients get gradients.
 
     Raises:
         ValueError: the folder, its SAEs or the model do not fit together.
     """
-    check_adapter(folder)
+    if peft_type(Path(folder)) == PEFT_TYPE:
+        check_adapter(folder)
     return PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=is_trainable)
 
 
@@ -95,20 +137,29 @@ def read_deltas(folder: Path | str) -> dict[str, Tensor]:
     Raises:
         ValueError: no such folder, another kind of adapter, damaged files, NaN.
     """
-    config, state = _read(Path(folder))
+    config, state = read_adapter(Path(folder))
     sites = config.sites or {}
     return {
-        sites.get(_module(key), _module(key)): value for key, value in state.items() if "sparse_coeffs_delta" in key
+        sites.get(module_of(key), module_of(key)): value for key, value in state.items() if "sparse_coeffs_delta" in key
     }
 
 
-def _read(folder: Path) -> tuple[SparseCoeffConfig, dict[str, Tensor]]:
-    """Configuration and coefficients of an adapter folder."""
+def peft_type(folder: Path) -> Any:
+    """The method of an adapter folder.
+
+    Raises:
+        ValueError: it is no adapter folder.
+    """
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"no adapter in {folder}: {name} is missing")
     values = read_json(folder / CONFIG_NAME)
-    kind = values.get("peft_type") if isinstance(values, dict) else None
+    return values.get("peft_type") if isinstance(values, dict) else None
+
+
+def read_adapter(folder: Path) -> tuple[SparseCoeffConfig, dict[str, Tensor]]:
+    """Configuration of an adapter folder and its coefficients, by their keys in the file; `ValueError` as above."""
+    kind = peft_type(folder)
     if kind != PEFT_TYPE:
         raise ValueError(f"{folder} is no adapter of SAE coefficients: its peft_type is {kind!r}, not {PEFT_TYPE!r}")
     config = SparseCoeffConfig.from_pretrained(str(folder))
@@ -117,7 +168,7 @@ def _read(folder: Path) -> tuple[SparseCoeffConfig, dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is corrupted ({error})") from None
     state = {key: value for key, value in state.items() if _is_coefficient(key)}
-    missing = set(config.saes or {}) - {_module(key) for key in state}
+    missing = set(config.saes or {}) - {module_of(key) for key in state}
     if missing:
         raise ValueError(f"{folder} has no coefficients for {min(missing)}")
     for key, value in state.items():
@@ -130,7 +181,7 @@ def _is_coefficient(key: str) -> bool:
     return f".{SparseCoeffModel.prefix}" in key
 
 
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
     """Module path of a key of the file: `base_model.model.<path>.sparse_coeffs_delta.weight`."""
     path = key.partition(f".{SparseCoeffModel.prefix}")[0].removeprefix("base_model.model.")
     return ".".join(part for part in path.split(".") if part != "base_layer")

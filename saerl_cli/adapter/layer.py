@@ -8,6 +8,8 @@ With the frozen SAE of a site, its pre-activations `pre`, activations `f` and de
 
     h, h': [..., d_in];  pre, f, f': [..., d_sae];  delta, d: [d_sae], float32, 0 at the start;  W_dec: [d_sae, d_in]
 
+With gates (`saerl_cli.adapter.gates`) delta is multiplied by a number in [0, 1] for every feature.
+
 At delta = d = 0 the first and the last are the base model to the bit; `reconstruct` (Newhouse and Bashkansky, 2023) is
 the model with the SAE's reconstruction in it. The SAE keeps its dtype on a stream of another one.
 """
@@ -21,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
+from saerl_cli.adapter.gates import INITIAL, gate
 from saerl_cli.sae.autoencoder import SAE
 
 
@@ -117,10 +120,12 @@ class SparseCoeffLayer(Transparent, BaseTunerLayer):
         sae: its SAE, frozen. Parameters, not buffers, which DDP would send around at every step.
         path: the module's path in the base model.
         site: the name of the site.
+        gate_noise: logistic noise of the gates, [d_sae], in training mode; None: gates are as in evaluation. No
+            buffer, which DDP would send around at every step.
     """
 
     inner = "base_layer"
-    adapter_layer_names = ("sparse_coeffs_delta", "sparse_coeffs_bias")
+    adapter_layer_names = ("sparse_coeffs_delta", "sparse_coeffs_bias", "sparse_coeffs_gate")
     other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, sae: SAE, kind: str, path: str, site: str, sae_sha256: str):
@@ -130,31 +135,42 @@ class SparseCoeffLayer(Transparent, BaseTunerLayer):
         self.kind, self.path, self.site, self.sae_sha256 = kind, path, site, sae_sha256
         self.sparse_coeffs_delta = nn.ModuleDict()
         self.sparse_coeffs_bias = nn.ModuleDict()
+        self.sparse_coeffs_gate = nn.ModuleDict()
+        self.gate_noise: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
 
-    def update_layer(self, adapter_name: str, trainable: bool) -> None:
+    def update_layer(self, adapter_name: str, trainable: bool, gates: bool = False) -> None:
         """Add an adapter with all coefficients untouched."""
-        names = ("sparse_coeffs_delta", "sparse_coeffs_bias")[: 2 if self.kind == "pre_activation" else 1]
-        for name in names:
+        has = {"delta": True, "bias": self.kind == "pre_activation", "gate": gates}
+        for name in (name for name, wanted in has.items() if wanted):
             coefficients = Coefficients(self.sae.d_sae, self.sae.W_dec.device).requires_grad_(trainable)
-            getattr(self, name)[adapter_name] = coefficients
+            getattr(self, f"sparse_coeffs_{name}")[adapter_name] = coefficients
+        if gates:
+            nn.init.constant_(self.sparse_coeffs_gate[adapter_name].weight, INITIAL)  # pyright: ignore[reportArgumentType]
+
+    def delta(self, adapter_name: str) -> Tensor:
+        """An adapter's delta as it acts, gated where there are gates: [d_sae]."""
+        held: Any = self.sparse_coeffs_delta
+        gates: Any = self.sparse_coeffs_gate
+        delta = held[adapter_name].weight
+        if adapter_name not in gates:
+            return delta
+        return delta * gate(gates[adapter_name].weight, self.gate_noise if self.training else None)
 
     def total(self, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor | None] | None:
         """Sum up several adapters: their coefficients multiply, their biases add; (delta, d), each [d_sae].
 
         None where none of them has this site.
         """
-        scales, shifts = (self._weights(name, adapter_names) for name in self.adapter_layer_names)
+        scales = [self.delta(adapter) for adapter in adapter_names if adapter in self.sparse_coeffs_delta]
         if not scales:
             return None
+        held: Any = self.sparse_coeffs_bias
+        shifts = [held[adapter].weight for adapter in adapter_names if adapter in held]
         delta = functools.reduce(lambda a, b: a + b + a * b, scales)  # (1 + a)(1 + b) - 1
         return delta, functools.reduce(torch.add, shifts) if shifts else None
-
-    def _weights(self, name: str, adapter_names: Sequence[str]) -> list[Tensor]:
-        held: Any = getattr(self, name)
-        return [held[adapter].weight for adapter in adapter_names if adapter in held]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output with the active adapters' splice in it."""
@@ -227,8 +243,14 @@ def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Ten
     kept = changed.nonzero().flatten()
     if len(kept) == 0:
         return base
-    small = SAE(sae.d_in, len(kept), sae.architecture).to(sae.W_dec)
-    rows = {"W_enc": sae.W_enc[:, kept], "b_enc": sae.b_enc[kept], "W_dec": sae.W_dec[kept], "b_dec": sae.b_dec}
-    small.load_state_dict(rows if sae.threshold is None else rows | {"threshold": sae.threshold[kept]})
-    small.site = sae.site
-    return FixedSplice(base, small, kind, delta[kept], None if shift is None else shift[kept])
+    return FixedSplice(base, only(sae, kept), kind, delta[kept], None if shift is None else shift[kept])
+
+
+def only(sae: SAE, features: Tensor) -> SAE:
+    """A ReLU or JumpReLU SAE with some of its features, [n] indices; what they write is as in the whole one."""
+    small = SAE(sae.d_in, len(features), sae.architecture).to(sae.W_dec)
+    rows = {"W_enc": sae.W_enc[:, features], "b_enc": sae.b_enc[features], "W_dec": sae.W_dec[features]}
+    rows |= {"b_dec": sae.b_dec} | ({} if sae.threshold is None else {"threshold": sae.threshold[features]})
+    small.load_state_dict(rows)
+    small.site, small.metadata = sae.site, sae.metadata
+    return small

@@ -124,13 +124,13 @@ class SparseCoeffModel(BaseTuner):
     ) -> None:
         active = adapter_name in self.active_adapters
         if isinstance(target, SparseCoeffLayer):
-            target.update_layer(adapter_name, trainable=active and not peft_config.inference_mode)
+            target.update_layer(adapter_name, active and not peft_config.inference_mode, peft_config.gates)
             return
         path = _path(current_key)
         layer = SparseCoeffLayer(
             target, self._saes[path], peft_config.splice, path, peft_config.sites[path], peft_config.sae_sha256[path]
         )
-        layer.update_layer(adapter_name, trainable=active and not peft_config.inference_mode)
+        layer.update_layer(adapter_name, active and not peft_config.inference_mode, peft_config.gates)
         layer._active_adapter = self.active_adapters
         if isinstance(parent, SparseCoeffLayer):  # a site inside a site
             parent = parent.base_layer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saerl_cli.activations import capture, documents, row_length, special_ids, text_mask, token_rows
 from saerl_cli.adapter.files import check_adapter, read_deltas
-from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.adapter import COEFFICIENTS
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import Loaded, Site, load_model, resolve_sites
 from saerl_cli.rl.runs import policy_folder, run_config
@@ -154,8 +154,8 @@ def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, 
         ValueError: no finished run of that kind.
     """
     config = run_config(run)
-    if config.adapter.kind is not AdapterKind.sparse_coeffs:
-        raise ValueError(f"{run} changed all weights (adapter={config.adapter.kind.value}): it has no coefficients")
+    if config.adapter.kind not in COEFFICIENTS:
+        raise ValueError(f"{run} trained adapter={config.adapter.kind.value}: it has no coefficients of features")
     folder = policy_folder(run, config)
     adapter, deltas = check_adapter(folder), read_deltas(folder)
     loaded = load_model(config.model)

@@ -90,13 +90,14 @@ def load(path: Path) -> Shown:
         status = read_json(path / "run.json").get("status")
         raise ValueError(f"{path} is {status} and has no summary yet; repeat its command to finish it")
     features = features_file(path)
-    if not features.is_file() and (path / "adapter").is_dir():
+    summary = read_json(path / "summary.json")
+    if not features.is_file() and (path / "adapter").is_dir() and "changed" in summary:  # it has coefficients
         describe_run(path)
     return Shown(
         name=path.name,
         path=path,
         record=read_json(path / "run.json"),
-        summary=read_json(path / "summary.json"),
+        summary=summary,
         metrics=read_jsonl(path / "metrics.jsonl"),
         samples=read_jsonl(path / "samples.jsonl"),
         features=read_json(features) if features.is_file() else {},

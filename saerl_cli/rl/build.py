@@ -10,13 +10,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from saerl_cli.activations import documents, row_length, token_rows
-from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.adapter import peft_config
 from saerl_cli.config.algo import Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
-from saerl_cli.rl.check import chosen_saes
+from saerl_cli.rl.dictionaries import dictionaries, restraint
 from saerl_cli.rl.exact import derived_seed
 from saerl_cli.rl.measure import Sampling
 from saerl_cli.rl.normalise import Normaliser
@@ -63,8 +63,8 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
         refuse_too_few(len(prompts), config.algo.rollouts, config.prompts.tokens)
     else:
         refuse_few_questions(len(prompts), config.algo.rollouts)
-    saes = chosen_saes(config.adapter) if config.adapter.kind is AdapterKind.sparse_coeffs else {}
     rows = heldout_rows(config, loaded.context_size, loaded.tokenizer, heldout)
+    saes = dictionaries(config.adapter, loaded, rows, run)
     return Parts(config, run, loaded, reward, prompts, heldout_prompts, rows, saes)
 
 
@@ -78,10 +78,8 @@ def heldout_rows(config: RlhfConfig, context_size: int, tokenizer: Any, heldout:
 def build_trainer(parts: Parts) -> PPOTrainer:
     """The trainer with policy, reference and value head."""
     config, model = parts.config, parts.loaded.model
-    peft_config = None
-    if config.adapter.kind is AdapterKind.sparse_coeffs:
-        peft_config = adapter_config(parts)
-    else:
+    chosen = peft_config(config.adapter, parts.loaded, parts.saes)
+    if chosen is None:
         model.requires_grad_(True)
     rows = {"prompt": [p.text for p in parts.prompts], "input_ids": [list(p.input_ids) for p in parts.prompts]}
     rows["answer"] = [p.answer for p in parts.prompts]
@@ -91,18 +89,12 @@ def build_trainer(parts: Parts) -> PPOTrainer:
         args=ppo_config(config, parts.run.path, [part.weight for part in parts.reward.parts]),
         train_dataset=Dataset.from_dict(rows),
         processing_class=parts.loaded.tokenizer,
-        peft_config=peft_config,
+        peft_config=chosen,
         open_checkpoint=parts.run.save_checkpoint,
     )
     trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
+    trainer.restraint = restraint(parts, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
-
-
-def adapter_config(parts: Parts) -> Any:
-    """The PEFT config that puts a coefficient on every feature of the run's SAEs."""
-    from saerl_cli.adapter import sparse_coeffs
-
-    return sparse_coeffs(parts.loaded, parts.saes, splice=parts.config.adapter.splice.value)
 
 
 def trl_reward(part: Part) -> Callable[..., list[float]]:

@@ -1,19 +1,23 @@
 """What `saerl rlhf` refuses before any work, without importing torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from saerl_cli.activations import documents
-from saerl_cli.config.adapter import AdapterConfig, AdapterKind
+from saerl_cli.config.adapter import COEFFICIENTS, SITES, VECTORS, AdapterConfig, AdapterKind, refuse_top_k
 from saerl_cli.config.groups import DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward
+from saerl_cli.rl.chosen import free_features
 from saerl_cli.rl.prompts import cut_prompts, refuse_too_few
 from saerl_cli.rl.questions import check_answers, check_questions, refuse_few_questions
-from saerl_cli.sae.files import check_sae, find_saes, provenance, refuse_transcoder
+from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, refuse_transcoder
+from saerl_cli.world.cache import planted_folder
 
 
 def check(config: RlhfConfig) -> None:
@@ -29,10 +33,62 @@ def check(config: RlhfConfig) -> None:
             f"adapter=full trains the weights, which model.dtype={config.model.dtype.value} rounds away; write"
             " model.dtype=float32 launch.mixed_precision=bf16"
         )
-    if config.adapter.kind is AdapterKind.sparse_coeffs:
-        check_saes(config.adapter, config.model, description)
+    check_adapter(config.adapter, config.model, description)
     check_answers(config)
     check_prompts(config, description)
+
+
+def check_adapter(adapter: AdapterConfig, model: ModelConfig, description: Any) -> None:
+    """Refuse an adapter that this model has no place for.
+
+    Raises:
+        ValueError: SAEs, sites, features, layers or biases that are not there.
+    """
+    if adapter.kind in COEFFICIENTS and adapter.saes:
+        sizes = {site: read_sae_config(path)["d_sae"] for site, path in check_saes(adapter, model, description).items()}
+        check_features(adapter, sizes)
+    elif adapter.kind is AdapterKind.random_dictionary:
+        sites = resolve_sites(adapter.sites or [], description)
+        if (adapter.k or 0) > (adapter.d_sae or 0):
+            raise ValueError(f"adapter.k={adapter.k} directions cannot fire of adapter.d_sae={adapter.d_sae}; lower it")
+        check_features(adapter, {site.name: adapter.d_sae or 0 for site in sites})
+    elif adapter.kind in VECTORS:
+        resolve_sites(adapter.sites or SITES[adapter.kind], description)
+    elif (names := weight_names(model)) is not None:
+        check_layers(adapter, names, description.model_type)
+
+
+def check_features(adapter: AdapterConfig, sizes: Mapping[str, int]) -> None:
+    """Refuse features that are not there, and more coefficients to keep than there are."""
+    free = free_features(adapter, sizes)
+    refuse_top_k(adapter.sparsity, sum(map(len, free.values())) if free else sum(sizes.values()))
+
+
+def check_layers(adapter: AdapterConfig, names: set[str], model_type: str) -> None:
+    """Refuse an adapter of layers (lora, ia3, bias_only) for which the weights called `names` have no place."""
+    if adapter.kind is AdapterKind.bias_only and not any(name.endswith(".bias") for name in names):
+        raise ValueError(
+            f"this model ({model_type}) has no biases, so adapter=bias_only has nothing to train;"
+            " adapter=steering_vector adds one vector a layer"
+        )
+    layers = sorted({name.split(".")[-2] for name in names if name.endswith(".weight") and name.count(".") > 1})
+    for target in adapter.targets or []:
+        if target not in layers:
+            raise ValueError(
+                f"adapter.targets: no layer of this model is called {target}; there are {', '.join(layers)}"
+            )
+
+
+def weight_names(model: ModelConfig) -> set[str] | None:
+    """Names of a model's weights where they can be had at once; None where loading will tell."""
+    folder = planted_folder(model.world) if model.kind is ModelKind.planted else None
+    if model.kind is ModelKind.local:
+        folder = locate(model)
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors") if folder else ():
+        with safe_open(file, framework="numpy") as tensors:
+            names.update(tensors.keys())
+    return names or None
 
 
 def check_saes(adapter: AdapterConfig, model: ModelConfig, description: Any) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.rl import checkpoint
 from saerl_cli.rl.value import is_value_parameter
 from saerl_cli.run.files import atomic_folder
@@ -69,6 +70,7 @@ class ExactTrainer(Base):
         )
         self.seconds = 0.0  # spent in phases, over all sittings
         self.grad_norms: list[tuple[float, float]] = []
+        self.restraint: Restraint | None = None  # of an adapter of coefficients
 
     # --- where the run stands ---------------------------------------------------------------------------------------
 
@@ -104,7 +106,22 @@ class ExactTrainer(Base):
                 {"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0},
             ]
             self.optimizer = kind(groups, **options)
+            if self.restraint is not None:
+                self.optimizer.register_step_post_hook(self.restrain)
         return self.optimizer
+
+    def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Called by the optimiser after each of its steps."""
+        assert self.restraint is not None
+        self.restraint.after_step(optimizer.param_groups[0]["lr"], (self.state.global_step + 1) / self.args.max_steps)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """And the penalty on open gates, once an optimiser step."""
+        loss: Any = super().compute_loss(*args, **kwargs)
+        penalty = self.restraint.penalty() if self.restraint is not None and self.model.training else None
+        if penalty is None:
+            return loss
+        return loss + (penalty / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else penalty)
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip each group by its own norm: a joint one would let the critic's gradient shrink the policy's step."""

@@ -1,4 +1,4 @@
-"""`saerl rlhf`: PPO on a frozen language model with SAE coefficients, or on the whole model."""
+"""`saerl rlhf`: PPO on a frozen language model with SAE coefficients or another adapter, or on the whole model."""
 
 import contextlib
 from pathlib import Path
@@ -180,7 +180,7 @@ def write_samples(parts: "Parts", policy: "Policy", step: int) -> None:
 
 
 def save_policy(trainer: "PPOTrainer", parts: "Parts") -> None:
-    """RUN/adapter (coefficients only, a PEFT folder) or RUN/model (weights and tokenizer), whole or absent."""
+    """RUN/adapter (a PEFT folder of what was trained) or RUN/model (weights and tokenizer), whole or absent."""
     from saerl_cli.adapter import save_adapter
     from saerl_cli.rl.value import without_value_head
 

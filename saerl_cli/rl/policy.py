@@ -70,7 +70,7 @@ def full_policy(loaded: Loaded, folder: Path, device: Any) -> Policy:
 
 
 def adapter_policy(loaded: Loaded, folder: Path, splice: Splice) -> Policy:
-    """The loaded model with the adapter of `folder`."""
+    """The loaded model with the adapter of `folder`, of any method."""
     from saerl_cli.adapter import load_adapter
 
     eos = eos_token_ids(loaded)

@@ -72,6 +72,8 @@ class RolloutTrainer(ExactTrainer, Base):
         if self.model.training:  # everything random in a phase follows from this
             self.phase_start = time.perf_counter()
             set_seed(derived_seed(self.args.seed, self.phase, self.accelerator.process_index))
+            if self.restraint is not None:  # the same in every process
+                self.restraint.begin_phase(derived_seed(self.args.seed, self.phase, 1_000_033))
         self.prompt_ids = {row["prompt"]: row["input_ids"] for row in inputs if "input_ids" in row}
         return super()._generate_and_score_completions(inputs)
 

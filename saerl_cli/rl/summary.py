@@ -73,12 +73,13 @@ def curse_words(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 def coefficient_statistics(model: Any) -> dict[str, float]:
-    """How far the coefficients are from untouched; empty without any."""
+    """How far the coefficients are from untouched, and how many not exactly so (`nonzero`); empty without any."""
     found = deltas(model)
     if not found:
         return {}
     delta = torch.cat(list(found.values()))
     return {
+        "nonzero": int((delta != 0).sum()),
         "changed": int((delta.abs() > CHANGED).sum()),
         "delta_max": delta.abs().max().item(),
         "delta_norm": delta.norm().item(),

@@ -25,15 +25,17 @@ def export_saes(path_or_name: str, to: str, out: Path | None = None, site: str |
         ValueError: no SAE there, one that cannot be written in that format, or `out` holds something else.
     """
     if to not in FORMATS:
-        raise ValueError(f"--to {to}: no such format; there are {', '.join(FORMATS)}")
+        raise ValueError(
+            f"--to {to}: no such format; there are {', '.join(FORMATS)} of SAEs, compact, peft and model of policies"
+        )
     sources = find_sources(path_or_name, site)
     for source in sources:
         if source.info:
             if site not in (None, source.info.site):
                 raise ValueError(f"{path_or_name} is an SAE of {source.info.site}, not of {site}; leave --site out")
             FORMATS[to].refuse_unwritable(source.info)
-    out = (out if out is None or out.name else out.resolve()) or _beside(path_or_name, to)
-    _refuse_occupied(out, sources)
+    out = (out if out is None or out.name else out.resolve()) or beside(path_or_name, to)
+    refuse_occupied(out, [source.folder for source in sources if source.folder])
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out, replace=True) as temporary:
         written = _write(sources, to, temporary)
@@ -66,7 +68,7 @@ def _write(sources: list[Source], to: str, folder: Path) -> list[tuple[str, str]
     return written
 
 
-def _beside(path_or_name: str, to: str) -> Path:
+def beside(path_or_name: str, to: str) -> Path:
     """`RUN-saelens` beside RUN; in the working directory for a release."""
     if path_or_name.startswith(RELEASE):
         return Path(f"{path_or_name.removeprefix(RELEASE).replace('/', '_')}-{to}")
@@ -74,11 +76,11 @@ def _beside(path_or_name: str, to: str) -> Path:
     return path.with_name(f"{path.name}-{to}")
 
 
-def _refuse_occupied(out: Path, sources: list[Source]) -> None:
+def refuse_occupied(out: Path, folders: list[Path]) -> None:
     """`ValueError` where writing `out` would take away what an earlier export did not put there."""
-    for folder in (source.folder for source in sources if source.folder):
+    for folder in folders:
         if folder.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out} holds the SAEs that are to be exported; name another folder")
+            raise ValueError(f"--out {out} holds what is to be exported; name another folder")
     if not out.exists():
         return
     if not out.is_dir():
