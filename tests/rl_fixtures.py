@@ -1,4 +1,4 @@
-"""A language model, SAEs and a PPO run small enough for tests: random weights, a fraction of a second a run."""
+"""A language model, SAEs and a run of every algorithm: random weights, a fraction of a second a run."""
 
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from saerl_cli.adapter import peft_config
 from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig, Splice
 from saerl_cli.models import Loaded
+from saerl_cli.rl.grpo import GRPOTrainer, RLOOTrainer
+from saerl_cli.rl.phases import DPOPhases, GRPOPhases, RLOOPhases, SFTPhases
 from saerl_cli.rl.ppo_config import PPOConfig
+from saerl_cli.rl.supervised import DPOTrainer, SFTTrainer
 from saerl_cli.rl.trainer import PPOTrainer
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
@@ -72,6 +75,40 @@ def prompts(count: int = 64) -> Dataset:
 
 LEARNING_RATES = {"full": 1e-3, "lora": 1e-3, "bias_only": 3e-3, "steering_vector": 3e-3}
 """Of the tiny model; 5e-2 for the others."""
+ROLLOUTS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "max_completion_length": 10, "beta": 0.02}
+GROUPS = {**ROLLOUTS, "num_iterations": 2, "num_generations": 4}
+SUPERVISED = {"per_device_train_batch_size": 8, "phase_steps": 8}
+ALGOS = {
+    "ppo": (PPOTrainer, PPOConfig, {**ROLLOUTS, "num_iterations": 2}),
+    "grpo": (GRPOTrainer, GRPOPhases, GROUPS),
+    "rloo": (RLOOTrainer, RLOOPhases, GROUPS),
+    "sft": (SFTTrainer, SFTPhases, {**SUPERVISED, "dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "dpo": (DPOTrainer, DPOPhases, {**SUPERVISED, "max_length": None}),
+}
+"""Trainer, its settings, and what a phase of 8 optimiser steps is."""
+
+
+def sequences(count: int = 40) -> Dataset:
+    """Rows of token ids of one length, as sft takes them."""
+    rows = [[2 + (3 * i + j * j) % 30 for j in range(12)] for i in range(count)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def preferences(count: int = 40) -> Dataset:
+    """Pairs whose chosen side has tokens among `GOOD` and whose rejected side has none, of different lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": [2 + i % 30, 2 + 7 * i % 30],
+                "chosen_ids": [2 + (i + j) % 10 for j in range(2 + i % 3)] + [1],
+                "rejected_ids": [12 + (i * j) % 18 for j in range(1 + i % 4)] + [1],
+            }
+            for i in range(count)
+        ]
+    )
+
+
+DATA = {"ppo": prompts, "grpo": prompts, "rloo": prompts, "sft": sequences, "dpo": preferences}
 
 
 def build_trainer(
@@ -81,32 +118,31 @@ def build_trainer(
     reward=good_share,
     sparsity: SparsityConfig | None = None,
     free: dict | None = None,
+    algo: str = "ppo",
     **settings,
-) -> PPOTrainer:
-    """A PPO run of phases of 16 completions, 4 minibatches, 2 epochs: 8 optimiser steps a phase."""
+):
+    """A run in phases of 8 optimiser steps: 16 completions in 4 minibatches, 2 epochs; or 8 rows a step."""
     extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset") if name in settings}
     model = settings.pop("model", None) or tiny_model(folder / "model")
     chosen = peft_config(*adapter_settings(folder, model, adapter, splice, sparsity))
     if chosen is None:
         model.requires_grad_(True)
+    kind, config, phase = ALGOS[algo]
+    if algo not in ("sft", "dpo"):
+        extra["reward_funcs"] = reward
     defaults = {
+        **phase,
         "max_steps": 8 * settings.pop("phases", 3),
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 4,
-        "num_iterations": 2,
-        "max_completion_length": 10,
         "learning_rate": LEARNING_RATES.get(adapter, 5e-2),
-        "beta": 0.02,
         "save_strategy": "no",
         "seed": 3,
     }
-    trainer = PPOTrainer(
+    trainer = kind(
         model=model,
-        reward_funcs=reward,
         processing_class=word_tokenizer(),
-        train_dataset=extra.pop("train_dataset", None) or prompts(),
+        train_dataset=extra.pop("train_dataset", None) or DATA[algo](),
         peft_config=chosen,
-        args=PPOConfig(
+        args=config(
             **{"output_dir": str(folder / "out"), **defaults, **settings},
             use_cpu=True,
             disable_tqdm=True,

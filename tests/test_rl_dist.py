@@ -1,4 +1,4 @@
-"""PPO in two processes: the same learning as in one, and the real command killed and resumed to the bit."""
+"""Two processes: the same learning as in one, and the real command killed and resumed to the bit."""
 
 import json
 import os
@@ -22,14 +22,20 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("adapter", ["sparse_coeffs", "full", "lora", "bias_only", "gated"])
-def test_two_processes_learn_what_one_learns(tmp_path, adapter):
+@pytest.mark.parametrize(
+    ("adapter", "algo"),
+    [
+        *(("sparse_coeffs", algo) for algo in ("ppo", "grpo", "rloo", "sft", "dpo")),
+        *((adapter, "ppo") for adapter in ("full", "lora", "bias_only", "gated")),
+    ],
+)
+def test_two_processes_learn_what_one_learns(tmp_path, adapter, algo):
     build_trainer(tmp_path)  # makes model and SAE before two processes look for them
     env = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     script = [str(HERE / "rl_ranks.py"), str(tmp_path)]
-    subprocess.run([sys.executable, *script, "one", adapter], env=env, check=True, timeout=300)
+    subprocess.run([sys.executable, *script, "one", adapter, algo], env=env, check=True, timeout=300)
     ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run([sys.executable, *ranks, *script, "two", adapter], env=env, check=True, timeout=300)
+    subprocess.run([sys.executable, *ranks, *script, "two", adapter, algo], env=env, check=True, timeout=300)
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 2e-4, name
@@ -37,13 +43,21 @@ def test_two_processes_learn_what_one_learns(tmp_path, adapter):
     for a, b in zip(first, second, strict=True):
         for key in a.keys() - {"seconds", "tokens_per_second", "samples_per_second"}:
             assert a[key] == pytest.approx(b[key], rel=2e-2, abs=2e-4), key
-    assert first[-1]["kl"] != 0
+    assert first[-1].get("kl", 1) != 0 and first[-1]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("algo", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launch", ["one", "cpu_2"])
-def test_killed_at_any_moment_and_started_again(saerl, tiny_world_model, empty_place, launch):
+def test_killed_at_any_moment_and_started_again(saerl, tiny_world_model, empty_place, launch, algo):
     tiny_sae(empty_place / "saes")
-    words = [*WORDS, f"adapter.saes={empty_place / 'saes'}", f"launch={launch}", "launch.cpu=true"]
+    words = [
+        *WORDS,
+        f"algo={algo}",
+        "algo.group=4",
+        f"adapter.saes={empty_place / 'saes'}",
+        f"launch={launch}",
+        "launch.cpu=true",
+    ]
     whole = saerl(*words, "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     record = json.loads((empty_place / "whole" / "run.json").read_text())

@@ -217,10 +217,14 @@ def test_the_policy_loads_and_is_the_one_that_was_measured(finished, saes):
 
     parts = build_parts(settings(saes), finished, "cpu")
     policy = load_policy(finished.path)
-    samples = draw(policy, parts.reward, cycled(parts.heldout_prompts, 8), parts.sampling("shown"))
+    samples = draw(policy, parts.reward, cycled(parts.heldout_prompts, 32), parts.sampling("shown"))
     last = lines(finished.path / "samples.jsonl")[-8:]
-    assert samples.texts == [row["completion"] for row in last]
-    assert samples.kl == pytest.approx([row["kl"] for row in last])
+    assert samples.texts[:8] == [row["completion"] for row in last]
+    assert samples.kl[:8] == pytest.approx([row["kl"] for row in last])
+    tracked = lines(finished.path / "metrics.jsonl")[-1]
+    assert tracked["eval_reward"] == pytest.approx(sum(samples.scores["reward"]) / 32)
+    assert tracked["eval_kl"] == pytest.approx(sum(samples.kl) / 32)
+    assert tracked["eval_kl_exact"] == pytest.approx(sum(samples.kl_exact) / 32) and tracked["eval_kl_exact"] > 0
 
 
 def policies(path: Path) -> dict[str, bytes]:

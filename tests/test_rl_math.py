@@ -110,20 +110,6 @@ def test_kl_estimates():
     assert math_of_ppo.k1(logp, logp, mask).item() == 0
 
 
-@pytest.mark.parametrize(
-    ("kl", "factor"), [(6.0, 1 + 0.2 * 0.064), (0.0, 1 - 0.2 * 0.064), (3.3, 1 + 0.1 * 0.064), (3.0, 1.0)]
-)
-def test_adaptive_kl(kl, factor):
-    assert math_of_ppo.adaptive_kl(0.05, kl, target=3.0, episodes=64, horizon=1000) == pytest.approx(0.05 * factor)
-
-
-def test_adaptive_kl_stays_positive():
-    coefficient = 0.05
-    for _ in range(1000):
-        coefficient = math_of_ppo.adaptive_kl(coefficient, -5.0, target=1.0, episodes=10_000, horizon=2_000)
-    assert coefficient > 0
-
-
 def test_explained_variance():
     returns, mask = torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     assert math_of_ppo.explained_variance(returns, returns, mask) == pytest.approx(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rl_fixtures import build_trainer, good_share, tiny_model, word_tokenizer
 
+from saerl_cli.config.algo import AlgoConfig, AlgoKind
 from saerl_cli.rewards.score import Part, Reward
 from saerl_cli.rl.measure import (
     Samples,
@@ -166,9 +167,15 @@ def test_a_bos_token_comes_on_top_where_the_tokenizer_adds_one(shared_data):
 
 
 def test_too_few_prompts_name_both_numbers():
-    refuse_too_few(16, 16, 6)
+    refuse_too_few(16, AlgoConfig(rollouts=16), 6)
     with pytest.raises(ValueError, match="give 9 distinct prompts of 6 tokens, but one phase takes algo.rollouts=16"):
-        refuse_too_few(9, 16, 6)
+        refuse_too_few(9, AlgoConfig(rollouts=16), 6)
+    grouped = AlgoConfig(kind=AlgoKind.grpo, rollouts=64, group=8)
+    refuse_too_few(8, grouped, 6)
+    with pytest.raises(ValueError, match="one phase takes algo.rollouts=64 / algo.group=8; lower"):
+        refuse_too_few(7, grouped, 6)
+    with pytest.raises(ValueError, match="no document has more than prompts.tokens=6 tokens; lower it"):
+        refuse_too_few(0, AlgoConfig(kind=AlgoKind.dpo), 6)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ import inspect
 
 import pytest
 import torch
-from rl_fixtures import build_trainer, tiny_model, word_tokenizer
+from rl_fixtures import build_trainer, preferences, sequences, tiny_model, word_tokenizer
 from transformers import Trainer
+from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, shuffle_sequence_dict
 
 from saerl_cli.rl import ppo_math
@@ -38,14 +41,25 @@ def parameters(function) -> list[str]:
         (Trainer, "_load_scaler", ["self", "checkpoint"]),
         (Trainer, "_load_rng_state", ["self", "checkpoint"]),
         (GRPOTrainer, "_send_telemetry", ["self"]),
+        (GRPOTrainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        (RLOOTrainer, "_get_train_sampler", ["self", "dataset"]),
+        (RLOOTrainer, "_tokenize_prompts", ["self", "prompts"]),
+        (RLOOTrainer, "_generate_and_score_completions", ["self", "inputs"]),
+        (RLOOTrainer, "_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        (RLOOTrainer, "_compute_loss", ["self", "model", "inputs"]),
+        (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
+        (SFTTrainer, "compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (DPOTrainer, "compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
+        (DPOTrainer, "_prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"]),
     ],
 )
 def test_overridden_methods_keep_their_signature(owner, name, expected):
     assert parameters(getattr(owner, name)) == expected
 
 
-def test_scoring_begins_with_the_arguments_we_pass_by_position():
-    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+@pytest.mark.parametrize("owner", [GRPOTrainer, RLOOTrainer])
+def test_scoring_begins_with_the_arguments_we_pass_by_position(owner):
+    names = parameters(owner._get_per_token_logps_and_entropies)
     assert names[:7] == [
         "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
     ]  # fmt: skip
@@ -53,6 +67,46 @@ def test_scoring_begins_with_the_arguments_we_pass_by_position():
 
 def test_the_loss_divides_itself_by_the_accumulation_steps():
     assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_tokenised_rows_are_taken_as_they_are(tmp_path):
+    sft, dpo = build_trainer(tmp_path, algo="sft"), build_trainer(tmp_path, algo="dpo")
+    assert sft.train_dataset.column_names == ["input_ids", "labels"]
+    assert sft.train_dataset[0]["input_ids"] == sequences()[0]["input_ids"]
+    batch = dpo.data_collator([preferences()[0], preferences()[5]])
+    pair = preferences()[5]
+    length = len(pair["prompt_ids"] + pair["chosen_ids"])
+    assert batch["input_ids"][1, :length].tolist() == pair["prompt_ids"] + pair["chosen_ids"], "chosen rows come first"
+    assert batch["completion_mask"][1].sum() == len(pair["chosen_ids"])
+
+
+def test_the_losses_of_sft_and_dpo_are_what_they_are_called(tmp_path):
+    sft, dpo = build_trainer(tmp_path, algo="sft"), build_trainer(tmp_path, algo="dpo", beta=0.3)
+    for trainer in (sft, dpo):
+        move(trainer)
+        trainer.model.eval()
+    rows = [sequences()[i] for i in range(4)]
+    batch = sft.data_collator(rows)
+    logits = sft.model(input_ids=batch["input_ids"]).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(sft.compute_loss(sft.model, batch), want)
+    pairs = [preferences()[i] for i in range(4)]
+    margins = []
+    for pair in pairs:
+        gains = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([pair["prompt_ids"] + pair[side]])
+
+            def logp(ids=ids, side=side, pair=pair):
+                logs = dpo.model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+                return logs[:, -len(pair[side]) :].sum()
+
+            policy = logp()
+            with dpo.model.disable_adapter():
+                gains.append(policy - logp())
+        margins.append(gains[0] - gains[1])
+    want = -torch.nn.functional.logsigmoid(0.3 * torch.stack(margins)).mean()
+    torch.testing.assert_close(dpo.compute_loss(dpo.model, dpo.data_collator(pairs)), want, atol=1e-5, rtol=1e-4)
 
 
 def test_one_generation_a_prompt_is_what_the_config_refuses(tmp_path):
@@ -109,7 +163,7 @@ def test_advantages_of_every_token_give_our_clipped_surrogate(tmp_path):
     mask = batch["completion_mask"].float()
     trainer.beta = 0.0
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, batch)
-    errors = ppo_math.clipped_surrogate(trainer.logps, batch["old_per_token_logps"], batch["advantages"], 0.2)
+    errors = ppo_math.clipped_surrogate(trainer.passes[-1], batch["old_per_token_logps"], batch["advantages"], 0.2)
     assert batch["advantages"].ndim == 2
     torch.testing.assert_close(loss, (errors * mask).sum() / mask.sum())
     flat = batch | {"advantages": torch.full((16,), 0.7)}
@@ -133,11 +187,13 @@ def test_our_loss_adds_the_value_loss_and_no_second_kl(tmp_path, training):
         tokens = tokens / 4
     mask = batch["completion_mask"].float()
     loss = trainer._compute_loss(trainer.model, batch)
-    policy = ppo_math.clipped_surrogate(trainer.logps, batch["old_per_token_logps"], batch["advantages"], 0.2)
+    policy = ppo_math.clipped_surrogate(trainer.passes[-1], batch["old_per_token_logps"], batch["advantages"], 0.2)
     value = ppo_math.clipped_value_loss(trainer.state_values[-1], batch["old_values"], batch["returns"], 0.2)
     torch.testing.assert_close(loss, ((policy + 0.5 * value) * mask).sum() / tokens)
     assert trainer.beta == trainer.args.beta > 0, "lent to the base class and given back"
-    assert (batch["ref_per_token_logps"] - trainer.logps).abs().max() > 0.01, "else a KL in the loss would not show"
+    assert (batch["ref_per_token_logps"] - trainer.passes[-1]).abs().max() > 0.01, (
+        "else a KL in the loss would not show"
+    )
 
 
 def test_whitened_advantages_follow_from_the_stored_numbers(tmp_path):

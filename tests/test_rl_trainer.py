@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 from rl_fixtures import WORDS, build_trainer, good_share, prompts, tiny_model, trained, word_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 
 from saerl_cli.rl.exact import Diverged
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
@@ -43,14 +50,14 @@ def test_only_what_is_named_moves_and_kl_starts_at_zero(tmp_path, adapter, splic
         kinds = {"sparse_coeffs_delta", "v_head"} | ({"sparse_coeffs_bias"} if splice == "pre_activation" else set())
         assert {kind for kind in kinds if any(kind in name for name in changed)} == kinds
         assert all("default" in name or is_value_parameter(name) for name in moving)
-    assert rows[0]["kl"] == 0 == rows[0]["kl_k3"] and rows[-1]["kl_k3"] > 0
+    assert rows[0]["kl"] == 0 == rows[0]["kl_k3"] == rows[0]["kl_exact"] and rows[-1]["kl_k3"] > 0
     assert [row["phase"] for row in rows] == [1, 2, 3]
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
 @pytest.mark.parametrize("adapter", ["sparse_coeffs", "full"])
 def test_resume_is_exact_inside_and_across_epochs(tmp_path, adapter):
-    saving = {"save_strategy": "steps", "save_steps": 8, "kl_target": 1.0, "kl_horizon": 100.0}
+    saving = {"save_strategy": "steps", "save_steps": 8, "kl_target": 1.0, "kl_gain": 2.0}
     data = {"train_dataset": prompts(40)}  # 2 phases an epoch, the rest dropped
     whole, rows = run(tmp_path, adapter=adapter, phases=6, **saving, **data)
     want = trained(whole)
@@ -141,11 +148,25 @@ def test_left_padding_changes_no_log_probability(tmp_path):
     torch.testing.assert_close(values, trainer.state_values.pop(), atol=1e-6, rtol=1e-5)
 
 
-def test_left_padding_changes_nothing_for_learned_positions_either(tmp_path):
-    torch.manual_seed(0)
+def gpt2():
+    """Learned positions."""
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(WORDS)}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0)).save_pretrained(tmp_path)
-    trainer = build_trainer(tmp_path, "full", model=GPT2LMHeadModel.from_pretrained(tmp_path))
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+
+
+def llama():
+    """Rotary positions, a sequential residual."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=1, pad_token_id=0))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("architecture", [gpt2, llama])
+def test_left_padding_changes_nothing_in_other_architectures_either(tmp_path, architecture, algo):
+    torch.manual_seed(0)
+    architecture().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    trainer = build_trainer(tmp_path, "full", model=model, algo=algo)
     ids = torch.tensor([[2, 3, 4, 5, 6, 7]])
     padding = torch.zeros(1, 4, dtype=torch.long)
     padded, mask = torch.cat([padding, ids], 1), torch.cat([padding, torch.ones_like(ids)], 1)

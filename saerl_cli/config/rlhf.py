@@ -5,7 +5,7 @@ from enum import Enum
 
 from saerl_cli.config.adapter import AdapterConfig
 from saerl_cli.config.algo import AlgoConfig
-from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, Precision, refuse_unless
 from saerl_cli.config.reward import RewardConfig
 
 
@@ -59,12 +59,16 @@ class EvaluationConfig:
     batch_size: int = 64
     """Completions generated at once."""
     every: int = 10
-    """Phases between two entries of samples.jsonl (a few completions); 0 keeps only the first and the last."""
+    """Phases between two looks at the policy, the same held-out prompts with the same random numbers every time: eval_*
+    in metrics.jsonl, a few completions in samples.jsonl; 0 keeps only the first and the last."""
+    tracked: int = 32
+    """Completions of such a look, at least 8."""
     heldout_tokens: int = 20_000
     """Held-out tokens for the language-modelling loss, at most what there is."""
 
     def __post_init__(self) -> None:
         refuse_unless(self.samples >= 2 and self.batch_size >= 1, "evaluation.samples must be >= 2, batch_size >= 1")
+        refuse_unless(self.tracked >= 8, f"evaluation.tracked must be >= 8, got {self.tracked}")
         refuse_unless(self.every >= 0 and self.heldout_tokens >= 1, "evaluation.every must be >= 0")
 
 
@@ -100,19 +104,36 @@ class RlhfConfig:
         refuse_unless(len(self.reward.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
         refuse_unless(self.checkpoint_every >= 1, f"checkpoint_every must be >= 1, got {self.checkpoint_every}")
         refuse_unless(self.snapshots is None or self.snapshots >= 0, f"snapshots must be >= 0, got {self.snapshots}")
-        per_process = self.launch.num_processes * self.algo.minibatches
+        algo, processes = self.algo, self.launch.num_processes
         refuse_unless(
-            self.algo.rollouts % per_process == 0,
-            f"algo.rollouts={self.algo.rollouts} must be a multiple of launch.num_processes x algo.minibatches"
-            f" = {per_process}",
+            algo.stop_epochs_kl is None or self.launch.mixed_precision is not Precision.fp16,
+            "algo.stop_epochs_kl does not go with launch.mixed_precision=fp16, whose scaler cannot pass over a step;"
+            " write bf16",
         )
-        minibatch = self.algo.rollouts // per_process
+        if algo.samples:
+            per_process = processes * algo.minibatches
+            refuse_unless(
+                algo.rollouts % per_process == 0,
+                f"algo.rollouts={algo.rollouts} must be a multiple of launch.num_processes x algo.minibatches"
+                f" = {per_process}",
+            )
+            refuse_unless(
+                algo.rollouts >= 2 * processes,
+                f"algo.rollouts={algo.rollouts} leaves fewer than two completions a process; raise it",
+            )
         refuse_unless(
-            self.algo.rollouts >= 2 * self.launch.num_processes,
-            f"algo.rollouts={self.algo.rollouts} leaves fewer than two completions a process; raise it",
+            self.rows_of_a_step * processes * (algo.minibatches if algo.samples else 1)
+            == (algo.rollouts if algo.samples else algo.batch_size),
+            f"algo.batch_size={algo.batch_size} must be a multiple of launch.num_processes={processes}",
         )
         refuse_unless(
-            minibatch % (self.algo.micro_batch or minibatch) == 0,
-            f"algo.micro_batch={self.algo.micro_batch} must divide the {minibatch} completions that a process has of a"
-            " minibatch",
+            self.rows_of_a_step % (algo.micro_batch or self.rows_of_a_step) == 0,
+            f"algo.micro_batch={algo.micro_batch} must divide the {self.rows_of_a_step} completions that a process has"
+            " of a minibatch",
         )
+
+    @property
+    def rows_of_a_step(self) -> int:
+        """Sequences or pairs that a process has of an optimiser step."""
+        algo = self.algo
+        return (algo.rollouts // algo.minibatches if algo.samples else algo.batch_size) // self.launch.num_processes

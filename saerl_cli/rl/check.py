@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from saerl_cli.activations import documents
 from saerl_cli.config.adapter import COEFFICIENTS, SITES, VECTORS, AdapterConfig, AdapterKind, refuse_top_k
+from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.groups import DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
@@ -36,6 +37,7 @@ def check(config: RlhfConfig) -> None:
     check_adapter(config.adapter, config.model, description)
     check_answers(config)
     check_prompts(config, description)
+    check_examples(config)
 
 
 def check_adapter(adapter: AdapterConfig, model: ModelConfig, description: Any) -> None:
@@ -127,7 +129,7 @@ def check_prompts(config: RlhfConfig, description: Any) -> None:
     if config.prompts.kind is not PromptKind.documents:
         available = check_questions(config, light_encoder(config.model), context_size(description))
         if available is not None:
-            refuse_few_questions(available, config.algo.rollouts)
+            refuse_few_questions(available, config.algo)
         return
     asked, context = config.prompts.tokens + config.algo.max_new_tokens, context_size(description)
     if asked > context:
@@ -139,11 +141,26 @@ def check_prompts(config: RlhfConfig, description: Any) -> None:
     if encode is None:
         return
     texts = first_documents(config, "train")
-    limit = config.algo.rollouts if config.prompts.count is None else min(config.prompts.count, config.algo.rollouts)
+    needed = max(1, config.algo.prompts_per_phase)
+    limit = needed if config.prompts.count is None else min(config.prompts.count, needed)
     available = len(cut_prompts(texts, encode, config.prompts.tokens, limit))
-    refuse_too_few(available, config.algo.rollouts, config.prompts.tokens)
+    refuse_too_few(available, config.algo, config.prompts.tokens)
     if not cut_prompts(first_documents(config, "heldout"), encode, config.prompts.tokens, 1):
         raise ValueError(f"no held-out document has more than prompts.tokens={config.prompts.tokens} tokens; lower it")
+
+
+def check_examples(config: RlhfConfig) -> None:
+    """Refuse preference pairs, or examples of sft, that cannot be read."""
+    from saerl_cli.rl.examples import labelled_documents, read_examples
+    from saerl_cli.world.pairs import read_pairs
+
+    algo = config.algo
+    if algo.kind is AlgoKind.dpo:
+        read_pairs(algo.pairs, config.model, "heldout")
+    if algo.examples is not None:
+        read_examples(algo.examples)
+    if algo.attribute is not None:
+        labelled_documents(config.data, config.model, algo.attribute, "heldout")
 
 
 def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:

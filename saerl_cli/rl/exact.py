@@ -3,6 +3,7 @@
 Everything here serves every algorithm; trainers that write completions add `saerl_cli.rl.rollouts`.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -54,6 +55,8 @@ class ExactTrainer(Base):
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
+    ref_model: Any
+    _metrics: Any
 
     def __init__(
         self,
@@ -64,13 +67,18 @@ class ExactTrainer(Base):
     ):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+        config = getattr(self.model, "peft_config", {}).get("default")
+        if getattr(config, "splice", None) == "reconstruct":  # delta = 0 is then not the model without adapter
+            self.model.add_adapter("ref", config)
+            self.model.set_adapter("default")
         self.on_phase = on_phase or (lambda metrics: None)
         self.open_checkpoint = open_checkpoint or (
             lambda step: atomic_folder(Path(self.args.output_dir or ".") / f"checkpoint-{step}", replace=True)
         )
         self.seconds = 0.0  # spent in phases, over all sittings
-        self.grad_norms: list[tuple[float, float]] = []
         self.restraint: Restraint | None = None  # of an adapter of coefficients
+        self.phase_start = time.perf_counter()
+        self.grad_norms: list[list[float]] = []  # of every optimiser step of the phase: the policy's, the critic's
 
     # --- where the run stands ---------------------------------------------------------------------------------------
 
@@ -95,16 +103,15 @@ class ExactTrainer(Base):
     # --- an optimiser step --------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group for the policy and one for the value head."""
+        """AdamW with one group for the policy and, where there is one, one for the critic."""
         if self.optimizer is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             policy = [p for n, p in named if not is_value_parameter(n)]
-            head = [p for n, p in named if is_value_parameter(n)]
-            groups = [
-                {"params": policy, "weight_decay": self.args.weight_decay},
-                {"params": head, "lr": self.args.value_learning_rate, "weight_decay": 0.0},
-            ]
+            critic = [p for n, p in named if is_value_parameter(n)]
+            groups = [{"params": policy, "weight_decay": self.args.weight_decay}]
+            if critic:
+                groups.append({"params": critic, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
             self.optimizer = kind(groups, **options)
             if self.restraint is not None:
                 self.optimizer.register_step_post_hook(self.restrain)
@@ -113,6 +120,8 @@ class ExactTrainer(Base):
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Called by the optimiser after each of its steps."""
         assert self.restraint is not None
+        if all(p.grad is None for p in optimizer.param_groups[0]["params"]):  # an update that leaves the policy out
+            return
         self.restraint.after_step(optimizer.param_groups[0]["lr"], (self.state.global_step + 1) / self.args.max_steps)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,15 +135,43 @@ class ExactTrainer(Base):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip each group by its own norm: a joint one would let the critic's gradient shrink the policy's step."""
         self.accelerator.unscale_gradients()
-        policy, head = (group["params"] for group in self.optimizer.param_groups)
-        norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in (policy, head)]
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
         if self.accelerator.scaler is None:  # fp16 scaling skips steps with infinite gradients by itself
             self.refuse_unless_finite("a gradient", *norms)
-        self.grad_norms.append((norms[0].item(), norms[1].item()))
-        if self.phase < self.args.critic_warmup:
-            for parameter in policy:
-                parameter.grad = None  # AdamW passes over it
+        self.grad_norms.append([norm.item() for norm in norms])
         return norms[0]
+
+    # --- a phase ends -------------------------------------------------------------------------------------------------
+
+    def phase_metrics(self, logs: dict[str, float]) -> dict[str, float]:
+        """The statistics of the phase that just ended.
+
+        Args:
+            logs: the Trainer's own: loss and learning rate.
+        """
+        seconds = time.perf_counter() - self.phase_start
+        self.seconds += seconds
+        norms = np.array(self.grad_norms or [[0.0]]).mean(0).tolist()
+        names = ("grad_norm", "grad_norm_value")
+        return {
+            "phase": self.phase,
+            **dict(zip(names, norms, strict=False)),
+            "updates": len(self.grad_norms),
+            "lr": logs["learning_rate"],
+            "seconds": seconds,
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """End of a phase: gather its statistics, call `on_phase`."""
+        if self.model.training and "grad_norm" in logs:
+            metrics = self.phase_metrics(logs)
+            self.refuse_unless_finite("a trained parameter", *(p.detach() for _, p in self.trainable()), ended=True)
+            self.grad_norms = []
+            self._metrics["train"].clear()  # TRL's own, of which ours are a superset
+            logs = {**logs, **metrics}
+            self.on_phase(metrics)
+        super().log(logs, start_time)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -143,7 +180,6 @@ class ExactTrainer(Base):
         args = self.args
         return {
             "processes": self.accelerator.num_processes,
-            "rollouts": args.generation_batch_size,
             "steps_per_phase": args.steps_per_phase,
             "max_steps": args.max_steps,
             "seed": args.seed,

@@ -1,10 +1,12 @@
-"""`saerl rlhf`: PPO on a frozen language model with SAE coefficients or another adapter, or on the whole model."""
+"""`saerl rlhf`: RLHF of a frozen language model by SAE coefficients or another adapter, or of the whole model."""
 
 import contextlib
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.check import check
@@ -14,8 +16,8 @@ from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
+    from saerl_cli.rl.exact import ExactTrainer
     from saerl_cli.rl.policy import Policy
-    from saerl_cli.rl.trainer import PPOTrainer
 
 __all__ = ["check", "work"]
 
@@ -46,6 +48,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     trainer = build_trainer(parts)
     policy = policy_of(trainer, parts.loaded)
     record_inputs(parts, trainer)
+    record_insertion(parts, trainer)
     frozen = frozen_hashes(trainer)
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
@@ -60,12 +63,14 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
         numbers = summarise(parts, trainer, policy)
         run.summary(numbers)
         say(outcome(numbers))
+        for warning in numbers["warnings"]:
+            say(f"WARNING: {warning}")
         reward = numbers["reward_after"]
     accelerator.wait_for_everyone()
     return reward
 
 
-def record_inputs(parts: "Parts", trainer: "PPOTrainer") -> None:
+def record_inputs(parts: "Parts", trainer: "ExactTrainer") -> None:
     """What went in, and what may move, into run.json; a resumed run must find the same.
 
     Raises:
@@ -86,10 +91,23 @@ def record_inputs(parts: "Parts", trainer: "PPOTrainer") -> None:
     run.update(inputs=inputs, trainable={name: p.numel() for name, p in trainer.trainable()})
 
 
+def record_insertion(parts: "Parts", trainer: "ExactTrainer") -> None:
+    """Of sft: the loss that inserting the untouched adapter alone makes, into run.json, before anything is learned."""
+    from saerl_cli.rl.outcome import insertion, insertion_warning
+
+    if parts.config.algo.kind is not AlgoKind.sft or not parts.run.writes:
+        return
+    losses = insertion(parts, trainer)
+    parts.run.update(insertion=losses)
+    if warning := insertion_warning(losses):
+        say(f"WARNING: {warning}")
+
+
 def first_look(parts: "Parts", policy: "Policy") -> None:
     """Samples of the untouched model: step 0 of samples.jsonl, and a warning when the reward tells nothing apart."""
-    from saerl_cli.rewards.score import spread
+    from saerl_cli.rewards.score import TOTAL, spread
     from saerl_cli.rl.measure import cycled, draw
+    from saerl_cli.rl.outcome import unreachable
     from saerl_cli.rl.passes import base_passes, tell_passes
 
     if not parts.run.writes:
@@ -104,14 +122,17 @@ def first_look(parts: "Parts", policy: "Policy") -> None:
         if seen["std"] == 0:
             say(
                 f"WARNING: {name} is {seen['mean']:g} for all {len(prompts)} completions of the untouched model;"
-                " PPO cannot learn from a score that tells nothing apart"
+                " no algorithm can learn from a score that tells nothing apart"
             )
         elif seen["coverage"] < 0.05:
             say(f"WARNING: {name} tells only {seen['coverage']:.1%} of {len(prompts)} completions from the rest")
-    write_samples(parts, policy, 0)
+    target = parts.config.algo.kl_target
+    if target is not None and (warning := unreachable(target, samples.scores[TOTAL])):
+        say(f"WARNING: {warning}")
+    look(parts, policy, 0)
 
 
-def calibrate(trainer: "PPOTrainer", parts: "Parts") -> None:
+def calibrate(trainer: "ExactTrainer", parts: "Parts") -> None:
     """With reward.normalise=calibrate: the gain and bias that run.json's first look at the untouched model gives.
 
     Raises:
@@ -128,28 +149,32 @@ def calibrate(trainer: "PPOTrainer", parts: "Parts") -> None:
             f"reward.normalise=calibrate divides by the spread of the reward, which is {seen['mean']:g} for every"
             " completion of the untouched model; write reward.normalise=none"
         )
-    trainer.normaliser.calibrate(seen["mean"], seen["std"])
+    rollouts: Any = trainer
+    rollouts.normaliser.calibrate(seen["mean"], seen["std"])
 
 
-def train(trainer: "PPOTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
+def train(trainer: "ExactTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
     """All phases, from the checkpoint on when there is one."""
     from saerl_cli.rl import snapshots
+    from saerl_cli.rl.outcome import NO_GRADIENT, no_gradient
     from saerl_cli.rl.summary import coefficient_statistics
 
     run, phases, every = parts.run, parts.config.algo.phases, parts.config.evaluation.every
-    bars = task_bars(["PPO"]) if run.writes else contextlib.nullcontext(lambda name, share, note: None)
+    name = parts.config.algo.kind.value.upper()
+    bars = task_bars([name]) if run.writes else contextlib.nullcontext(lambda name, share, note: None)
     with bars as update:
         kept = snapshots.phases_kept(parts.config)
 
         def on_phase(metrics: dict[str, float]) -> None:
             phase, step = int(metrics["phase"]), trainer.state.global_step
-            run.log(step, **metrics, **coefficient_statistics(policy.model))
-            if run.writes and (phase == phases or (every and phase % every == 0)):
-                write_samples(parts, policy, step)
+            looks = phase == phases or (every > 0 and phase % every == 0)
+            seen = look(parts, policy, step) if run.writes and looks else {}
+            run.log(step, **metrics, **coefficient_statistics(policy.model), **seen)
             if run.writes and phase in kept:
                 snapshots.save(run.path, step, trainer.trainable())
-            note = f"phase {phase}/{phases}, reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}"
-            update("PPO", phase / phases, note)
+            if phase == 1 and run.writes and metrics["grad_norm"] < NO_GRADIENT:
+                say(f"WARNING: {no_gradient(metrics['grad_norm'])}")
+            update(name, phase / phases, f"phase {phase}/{phases}, {progress(metrics)}")
 
         trainer.on_phase = on_phase
         if run.writes:
@@ -165,21 +190,41 @@ def train(trainer: "PPOTrainer", parts: "Parts", policy: "Policy", checkpoint: t
             trainer.load_finished(folder)
 
 
-def write_samples(parts: "Parts", policy: "Policy", step: int) -> None:
-    """Completions of the same held-out prompts, drawn with the same random numbers every time, into samples.jsonl."""
-    from saerl_cli.rewards.score import TOTAL
-    from saerl_cli.rl.measure import cycled, draw
+def progress(metrics: dict[str, float]) -> str:
+    """The numbers of a phase that a person watches."""
+    if "reward" in metrics:
+        return f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f}"
+    return f"loss {metrics['loss']:.3f}"
 
+
+def look(parts: "Parts", policy: "Policy", step: int) -> dict[str, float]:
+    """Completions of the same held-out prompts, drawn with the same random numbers every time.
+
+    The first few go into samples.jsonl.
+
+    Returns:
+        eval_reward and eval_kl with standard errors, and eval_kl_exact, for metrics.jsonl.
+    """
+    from saerl_cli.rewards.score import TOTAL
+    from saerl_cli.rl.measure import cycled, draw, mean_and_error
+
+    prompts = cycled(parts.heldout_prompts, parts.config.evaluation.tracked)
     was_training = policy.model.training
     policy.model.eval()
-    samples = draw(policy, parts.reward, cycled(parts.heldout_prompts, SHOWN_SAMPLES), parts.sampling("shown"))
+    samples = draw(policy, parts.reward, prompts, parts.sampling("shown"))
     policy.model.train(was_training)
     rows = zip(samples.prompts, samples.texts, samples.scores[TOTAL], samples.kl, strict=True)
-    for prompt, text, reward, kl in rows:
+    for prompt, text, reward, kl in islice(rows, SHOWN_SAMPLES):
         parts.run.sample(step, prompt.text, text, reward, kl)
+    reward, kl = mean_and_error(samples.scores[TOTAL]), mean_and_error(samples.kl)
+    exact = mean_and_error(samples.kl_exact)[0]
+    return {
+        **{"eval_reward": reward[0], "eval_reward_se": reward[1], "eval_kl": kl[0], "eval_kl_se": kl[1]},
+        "eval_kl_exact": exact,
+    }
 
 
-def save_policy(trainer: "PPOTrainer", parts: "Parts") -> None:
+def save_policy(trainer: "ExactTrainer", parts: "Parts") -> None:
     """RUN/adapter (a PEFT folder of what was trained) or RUN/model (weights and tokenizer), whole or absent."""
     from saerl_cli.adapter import save_adapter
     from saerl_cli.rl.value import without_value_head

@@ -32,11 +32,18 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[Any]:
         """The model to call as the reference."""
-        if self.reference_model is not None:
-            yield self.reference_model
-            return
-        with use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None):
-            yield self.model
+        with reference_of(self.model, self.reference_model) as model:
+            yield model
+
+
+@contextmanager
+def reference_of(model: Any, frozen: Any = None) -> Iterator[Any]:
+    """The reference of a policy: its frozen copy, or itself with the adapter `ref` on or with its adapter off."""
+    if frozen is not None:
+        yield frozen
+        return
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        yield model
 
 
 def load_policy(run_path: Path | str, device: Any = None) -> Policy:

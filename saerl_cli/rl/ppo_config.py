@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from saerl_cli.rl.phases import RolloutSettings
+
 
 @dataclass
-class PPOConfig(GRPOConfig):
+class PPOConfig(RolloutSettings, GRPOConfig):
     """GRPOConfig with PPO's settings. `beta` is the KL coefficient in the reward, `epsilon` the clip range.
 
     `learning_rate` belongs to the policy's parameters, `value_learning_rate` to the value head; `max_grad_norm` holds
@@ -19,24 +21,15 @@ class PPOConfig(GRPOConfig):
     beta: float = field(default=0.05, metadata={"help": "KL coefficient in the per-token reward, > 0."})
     loss_type: str = field(default="dapo", metadata={"help": "Token mean over the phase, the same for every split."})
     scale_rewards: str = field(default="none", metadata={"help": "Unused: a critic is the baseline."})
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Of AdamW."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Sampling and scoring must be one distribution."})
-    activation_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
-    bf16: bool | None = field(default=False, metadata={"help": "Autocast in bfloat16."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN stops the run instead."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "No outside trackers."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's change."})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value head."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over all processes and kept tokens."})
-    missing_eos_penalty: float | None = field(default=None, metadata={"help": "Subtracted where no end token came."})
-    detach_value_trunk: bool = field(default=True, metadata={"help": "Else value gradients move the policy too."})
-    critic_warmup: int = field(default=0, metadata={"help": "First phases in which only the value head learns."})
-    kl_target: float | None = field(default=None, metadata={"help": "Nats per completion; beta adapts to reach it."})
-    kl_horizon: float = field(default=10_000.0, metadata={"help": "Episodes over which beta adapts."})
+    critic: str = field(default="detached", metadata={"help": "detached, shared or separate: `saerl_cli.rl.value`."})
+    critic_warmup: int = field(default=0, metadata={"help": "First phases in which only the critic learns."})
+    stop_epochs_kl: float | None = field(default=None, metadata={"help": "Nats per token that end a phase's updates."})
 
     def __post_init__(self):
         alone = self.num_generations == 1
@@ -50,7 +43,6 @@ class PPOConfig(GRPOConfig):
         if alone:
             self.num_generations = 1
         assert self.steps_per_generation is not None  # the base class has derived it
-        self.logging_steps = self.steps_per_phase
         refusals = {
             "beta must be > 0: it is the KL coefficient of the reward": self.beta <= 0,
             "use_vllm: its weight sync merges the adapter, and a splice cannot be merged": self.use_vllm,
@@ -64,20 +56,11 @@ class PPOConfig(GRPOConfig):
             "steps_per_generation must be a multiple of gradient_accumulation_steps": (
                 self.steps_per_generation % self.gradient_accumulation_steps != 0
             ),
-            f"save_steps must be a multiple of {self.steps_per_phase}, the optimiser steps of a phase: rollouts are not"
-            " saved, so only a checkpoint between two phases resumes exactly": (
-                self.save_strategy == "steps" and self.save_steps % self.steps_per_phase != 0
-            ),
-            f"max_steps must be a multiple of {self.steps_per_phase}, the optimiser steps of a phase": (
-                self.max_steps > 0 and self.max_steps % self.steps_per_phase != 0
+            "stop_epochs_kl with fp16: its scaler cannot pass over an optimiser step": (
+                self.stop_epochs_kl is not None and bool(self.fp16)
             ),
         }
         for message, holds in refusals.items():
             if holds:
                 raise ValueError(message)
-
-    @property
-    def steps_per_phase(self) -> int:
-        """Optimiser steps of a phase: epochs x minibatches."""
-        assert self.steps_per_generation is not None
-        return self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        self.divide_into_phases()

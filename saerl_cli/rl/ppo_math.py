@@ -95,23 +95,6 @@ def k3(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
     return torch.expm1(-log_ratio).add(log_ratio).sum(1)
 
 
-def adaptive_kl(kl_coef: float, kl: float, target: float, episodes: int, horizon: float) -> float:
-    """The KL coefficient after a phase (Ziegler et al. 2019).
-
-    Args:
-        kl_coef: beta of the phase.
-        kl: its mean sequence KL, nats per completion.
-        target: the wished-for KL, nats per completion.
-        episodes: completions of the phase, over all processes.
-        horizon: episodes over which beta adapts.
-
-    Returns:
-        A positive number.
-    """
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return max(kl_coef * (1 + error * episodes / horizon), 1e-8)
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = lambda t: t) -> float:
     """`1 - var(returns - values) / var(returns)` over the kept tokens of all processes; 0 for constant returns."""
     keep = mask.double()

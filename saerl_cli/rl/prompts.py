@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from saerl_cli.config.algo import AlgoConfig
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -42,13 +44,16 @@ def cut_prompts(
     return list(found)
 
 
-def refuse_too_few(available: int, needed: int, tokens: int) -> None:
+def refuse_too_few(available: int, algo: AlgoConfig, tokens: int) -> None:
     """Refuse fewer distinct prompts than a phase takes."""
-    if available < needed:
+    if available < algo.prompts_per_phase:
+        group = f" / algo.group={algo.group_size}" if algo.group_size > 1 else ""
         raise ValueError(
             f"the data give {available} distinct prompts of {tokens} tokens, but one phase takes"
-            f" algo.rollouts={needed}; lower algo.rollouts, raise prompts.tokens, or give more text"
+            f" algo.rollouts={algo.rollouts}{group}; lower algo.rollouts, raise prompts.tokens, or give more text"
         )
+    if not available:
+        raise ValueError(f"no document has more than prompts.tokens={tokens} tokens; lower it")
 
 
 def leading_tokens(tokenizer: Any) -> tuple[int, ...]:

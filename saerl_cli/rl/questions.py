@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from saerl_cli.activations import documents
+from saerl_cli.config.algo import AlgoConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.reward import Match, RewardKind
 from saerl_cli.config.rlhf import PromptConfig, PromptKind, RlhfConfig
@@ -59,12 +60,13 @@ def check_questions(config: RlhfConfig, encode: Callable[[str], list[int]] | Non
     return len(fitting(train, encode, longest)[: config.prompts.count])
 
 
-def refuse_few_questions(available: int, needed: int) -> None:
+def refuse_few_questions(available: int, algo: AlgoConfig) -> None:
     """Refuse fewer distinct prompts than a phase takes."""
-    if available < needed:
+    if available < algo.prompts_per_phase:
+        group = f" / algo.group={algo.group_size}" if algo.group_size > 1 else ""
         raise ValueError(
-            f"there are {available} distinct prompts that fit, but one phase takes algo.rollouts={needed}; lower"
-            " algo.rollouts or give more prompts"
+            f"there are {available} distinct prompts that fit, but one phase takes algo.rollouts={algo.rollouts}{group}"
+            "; lower algo.rollouts or give more prompts"
         )
 
 

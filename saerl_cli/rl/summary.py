@@ -11,9 +11,10 @@ from saerl_cli.adapter import deltas
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
 from saerl_cli.rl.build import Parts
+from saerl_cli.rl.exact import ExactTrainer
 from saerl_cli.rl.measure import cycled, measure
+from saerl_cli.rl.outcome import task_numbers, warnings_of
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.trainer import PPOTrainer
 from saerl_cli.rl.value import is_value_parameter
 from saerl_cli.sae.describe import top_tokens
 from saerl_cli.sae.files import load_sae
@@ -26,7 +27,7 @@ LABEL_ROWS = 64
 """Held-out rows that name a feature by the token it fires on."""
 
 
-def summarise(parts: Parts, trainer: PPOTrainer, policy: Policy) -> dict[str, Any]:
+def summarise(parts: Parts, trainer: ExactTrainer, policy: Policy) -> dict[str, Any]:
     """The numbers of summary.json."""
     config = parts.config
     policy.model.eval()
@@ -40,14 +41,18 @@ def summarise(parts: Parts, trainer: PPOTrainer, policy: Policy) -> dict[str, An
     )
     sizes = {name: p.numel() for name, p in trainer.trainable()}
     value = sum(size for name, size in sizes.items() if is_value_parameter(name))
-    episodes = config.algo.phases * config.algo.rollouts
+    algo = config.algo
+    episodes = algo.phases * (algo.rollouts if algo.samples else algo.steps * algo.batch_size)
+    numbers |= task_numbers(parts, trainer, policy, numbers)
     return {
         "adapter": config.adapter.kind.value,
+        "algo": algo.kind.value,
         "trainable_parameters": sum(sizes.values()) - value,
         "value_parameters": value,
         **numbers,
         **curse_words(numbers),
-        "phases": config.algo.phases,
+        "warnings": warnings_of(parts, numbers),
+        "phases": algo.phases,
         "steps": trainer.args.max_steps,
         "samples": episodes,
         "seconds": trainer.seconds,
