@@ -1,4 +1,4 @@
-"""A run with greedy completions, started with one or two processes: `python rl_ranks.py FOLDER NAME ADAPTER ALGO`.
+"""A run with greedy completions, in one or two processes: `python rl_ranks.py FOLDER NAME ADAPTER ALGO [nocache]`.
 
 Greedy completions depend on the prompt alone, and with one minibatch a phase is the same set of completions however
 it is split over processes; what is learned must then be the same.
@@ -33,13 +33,15 @@ def tell_apart(trainer) -> None:
     trainer._generate = differing
 
 
-def main(folder: Path, name: str, adapter: str, algo: str) -> None:
+def main(folder: Path, name: str, adapter: str, algo: str, *flags: str) -> None:
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows, given = [], {}
     if adapter == "gated":
         adapter, given = "sparse_coeffs", {"sparsity": SparsityConfig(hard_concrete=1e-3, l1=0.01, max_delta=0.5)}
     given |= PHASES.get(algo, {"phase_steps": 3})
+    if "nocache" in flags:
+        given["prefix_cache"] = False
     trainer = build_trainer(
         folder, adapter, algo=algo, per_device_train_batch_size=16 // world, max_steps=9, on_phase=rows.append,
         **given, ddp_backend="gloo" if world > 1 else None, lr_scheduler_type="constant",

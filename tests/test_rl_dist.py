@@ -46,6 +46,17 @@ def test_two_processes_learn_what_one_learns(tmp_path, adapter, algo):
     assert first[-1].get("kl", 1) != 0 and first[-1]["grad_norm"] > 0
 
 
+def test_two_processes_with_the_cache_are_two_without_it(tmp_path):
+    build_trainer(tmp_path)
+    env = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    for name, flags in (("with", []), ("without", ["nocache"])):
+        script = [str(HERE / "rl_ranks.py"), str(tmp_path), name, "sparse_coeffs", "ppo", *flags]
+        subprocess.run([*ranks, *script], env=env, check=True, timeout=300)
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("with", "without")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("algo", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launch", ["one", "cpu_2"])
 def test_killed_at_any_moment_and_started_again(saerl, tiny_world_model, empty_place, launch, algo):

@@ -23,11 +23,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
+from saerl_cli.adapter.codes import Codes, scaled
 from saerl_cli.adapter.gates import INITIAL, gate
 from saerl_cli.sae.autoencoder import SAE
 
 
-def splice(sae: SAE, h: Tensor, kind: str, delta: Tensor, shift: Tensor | None = None) -> Tensor:
+def splice(
+    sae: SAE, h: Tensor, kind: str, delta: Tensor, shift: Tensor | None = None, codes: Codes | None = None
+) -> Tensor:
     """Apply the formulas above: h', [..., d_in]; differentiable in h, delta and shift.
 
     Args:
@@ -36,6 +39,7 @@ def splice(sae: SAE, h: Tensor, kind: str, delta: Tensor, shift: Tensor | None =
         kind: `error_preserving`, `reconstruct` or `pre_activation`.
         delta: coefficients less 1, [d_sae].
         shift: the bias d, [d_sae] (pre_activation).
+        codes: the active features of h where they are known already (not for pre_activation).
     """
     # Lower precision would make scoring (under autocast) and generation (outside it) two different policies.
     with torch.autocast(h.device.type, enabled=False):
@@ -44,20 +48,10 @@ def splice(sae: SAE, h: Tensor, kind: str, delta: Tensor, shift: Tensor | None =
             assert shift is not None
             spliced = x + _moved(sae, x, delta, shift)
         elif kind == "reconstruct":
-            spliced = _scaled(sae, x, 1 + delta) + sae.b_dec
+            spliced = scaled(sae, x.flatten(0, -2), 1 + delta, codes).view_as(x) + sae.b_dec
         else:
-            spliced = x + _scaled(sae, x, delta)
+            spliced = x + scaled(sae, x.flatten(0, -2), delta, codes).view_as(x)
         return spliced.to(h.dtype)
-
-
-def _scaled(sae: SAE, x: Tensor, scale: Tensor) -> Tensor:
-    """`(scale * f(x)) W_dec`: [..., d_in] -> [..., d_in]."""
-    if sae.k is None:
-        return (scale * sae.encode(x)) @ sae.W_dec
-    values, indices = sae.encode_sparse(x)  # [..., k]
-    # index_select, because the gradient of scale[indices] is summed by racing threads, not the same way twice.
-    chosen = scale.index_select(0, indices.reshape(-1)).view_as(values)
-    return _decode_sparse(sae, values * chosen, indices)
 
 
 def _moved(sae: SAE, x: Tensor, delta: Tensor, shift: Tensor) -> Tensor:
@@ -122,6 +116,8 @@ class SparseCoeffLayer(Transparent, BaseTunerLayer):
         site: the name of the site.
         gate_noise: logistic noise of the gates, [d_sae], in training mode; None: gates are as in evaluation. No
             buffer, which DDP would send around at every step.
+        codes: the active features of the wrapped module's next output, when someone has kept them.
+        fixed: what stands for SAE, delta and d while the active adapters' coefficients do not change (`fix`).
     """
 
     inner = "base_layer"
@@ -140,6 +136,8 @@ class SparseCoeffLayer(Transparent, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        self.codes: Codes | None = None
+        self.fixed: Needed | None = None
 
     def update_layer(self, adapter_name: str, trainable: bool, gates: bool = False) -> None:
         """Add an adapter with all coefficients untouched."""
@@ -178,7 +176,15 @@ class SparseCoeffLayer(Transparent, BaseTunerLayer):
         total = None if self.disable_adapters else self.total(self.active_adapters)
         if total is None:
             return output
-        return on_activation(output, lambda h: splice(self.sae, self._checked(h), self.kind, *total))
+        sae, delta, shift = self.fixed or (self.sae, *total)
+        return on_activation(output, lambda h: splice(sae, self._checked(h), self.kind, delta, shift, self.codes))
+
+    def fix(self) -> None:
+        """Until `fixed` is emptied, compute with the features that the active adapters' coefficients need."""
+        total = self.total(self.active_adapters)
+        needed = None if total is None else needed_features(self.sae, self.kind, *total)
+        # A copy of nearly all of an SAE would cost memory and save nothing.
+        self.fixed = needed if needed and needed[0].d_sae <= self.sae.d_sae / 2 else None
 
     def _checked(self, h: Tensor) -> Tensor:
         if h.shape[-1] != self.sae.d_in:
@@ -231,19 +237,22 @@ class FixedSplice(Transparent):
         return on_activation(output, lambda h: splice(self.sae, h, self.kind, self.delta, self.shift))
 
 
-def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Tensor | None) -> nn.Module:
-    """A module with fixed coefficients, with no more of the SAE than it needs.
+Needed = tuple[SAE, Tensor, Tensor | None]
+"""An SAE with some of its features, and their delta and d."""
 
-    Features of a ReLU or JumpReLU SAE are independent, so only those with a coefficient remain (the base module itself
-    when there are none). A topk SAE needs its whole encoder to know which are chosen, `reconstruct` all features.
+
+def needed_features(sae: SAE, kind: str, delta: Tensor, shift: Tensor | None) -> Needed:
+    """An SAE with no more features than a splice with these coefficients needs, and the coefficients of those.
+
+    Features of a ReLU or JumpReLU SAE are independent, so only those with a coefficient remain. A topk SAE needs its
+    whole encoder to know which are chosen, `reconstruct` all features.
     """
+    delta, shift = delta.detach(), None if shift is None else shift.detach()
     if sae.k is not None or kind == "reconstruct":
-        return FixedSplice(base, sae, kind, delta, shift)
+        return sae, delta, shift
     changed = delta != 0 if shift is None else (delta != 0) | (shift != 0)
     kept = changed.nonzero().flatten()
-    if len(kept) == 0:
-        return base
-    return FixedSplice(base, only(sae, kept), kind, delta[kept], None if shift is None else shift[kept])
+    return only(sae, kept), delta[kept], None if shift is None else shift[kept]
 
 
 def only(sae: SAE, features: Tensor) -> SAE:
@@ -254,3 +263,9 @@ def only(sae: SAE, features: Tensor) -> SAE:
     small.load_state_dict(rows)
     small.site, small.metadata = sae.site, sae.metadata
     return small
+
+
+def fixed_splice(base: nn.Module, sae: SAE, kind: str, delta: Tensor, shift: Tensor | None) -> nn.Module:
+    """A module with fixed coefficients, with no more of the SAE than it needs; `base` itself when that is nothing."""
+    sae, delta, shift = needed_features(sae, kind, delta, shift)
+    return FixedSplice(base, sae, kind, delta, shift) if sae.d_sae else base

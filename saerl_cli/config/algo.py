@@ -47,7 +47,7 @@ BELONGS: dict[str, tuple[AlgoKind, ...]] = {
     **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "value_lr", "whiten_advantages"), PPO),
     **dict.fromkeys(("critic", "critic_warmup", "entropy_coef", "stop_epochs_kl"), PPO),
     **dict.fromkeys(("rollouts", "group", "minibatches", "epochs", "cliprange"), ROLLOUTS),
-    **dict.fromkeys(("kl_target", "kl_gain", "missing_eos_penalty"), ROLLOUTS),
+    **dict.fromkeys(("kl_target", "kl_gain", "missing_eos_penalty", "prefix_cache"), ROLLOUTS),
     **dict.fromkeys(("batch_size", "steps"), SUPERVISED),
     "kl_coef": (*ROLLOUTS, AlgoKind.dpo),
     "scale_rewards": (AlgoKind.grpo,),
@@ -140,6 +140,11 @@ class AlgoConfig:
     empty (sft)."""
     attribute: str | None = None
     """Only documents of the embedded language that carry this attribute, for instance arithmetic (sft)."""
+    prefix_cache: bool = True
+    """Compute what training cannot change (all below the lowest trained parameter) once a rollout instead of in every
+    pass, with equal results (ppo, grpo, rloo); takes about rollouts x length x 3 x width numbers of memory."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
         self.refuse_foreign_settings()

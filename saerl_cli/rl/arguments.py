@@ -57,6 +57,7 @@ def shared_arguments(config: RlhfConfig, path: Path) -> dict[str, Any]:
         "weight_decay": config.adapter.weight_decay,
         "max_grad_norm": algo.max_grad_norm,
         "lr_scheduler_type": scheduler(algo.schedule, algo.warmup),
+        "activation_checkpointing": algo.activation_checkpointing,
         "warmup_steps": round(algo.warmup * steps),
         "seed": config.seed,
         "bf16": launch.mixed_precision is Precision.bf16,
@@ -88,6 +89,7 @@ def rollout_arguments(config: RlhfConfig, weights: list[float]) -> dict[str, Any
         "kl_target": algo.kl_target,
         "kl_gain": algo.kl_gain,
         "epsilon": algo.cliprange,
+        "prefix_cache": algo.prefix_cache,
         "missing_eos_penalty": algo.missing_eos_penalty,
         "reward_weights": weights,
     }

@@ -21,8 +21,8 @@ from saerl_cli.rl import checkpoint
 from saerl_cli.rl.value import is_value_parameter
 from saerl_cli.run.files import atomic_folder
 
-# TRL 1.16 reads a name that transformers 5.23 renames
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# TRL 1.16 uses names that transformers 5.23 renames
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_(en|dis)able)?` is deprecated")
 
 Base = Trainer if TYPE_CHECKING else object
 """What the classes here are mixed into."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.prompts import Prompt
+from saerl_cli.rl.sampling import compact, sample
 
 
 @dataclass
@@ -52,36 +52,20 @@ def generate(
 ) -> list[list[int]]:
     """Sample one completion a prompt, up to and including its first end token.
 
-    The samples are a function of the arguments: the random state of the process is left as it was.
+    The samples are a function of the arguments, and each of its own place in the list: the random state of the
+    process is neither used nor moved.
     """
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=eos_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        disable_compile=True,
+    device, completions = model.device, []
+    uniforms = torch.rand(
+        len(prompts), max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    device, ends = model.device, set(eos_token_ids)
-    completions: list[list[int]] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with compact(model):
         for start in range(0, len(prompts), batch_size):
-            ids, mask = left_padded([p.input_ids for p in prompts[start : start + batch_size]], tokenizer.pad_token_id)
-            out = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )  # [n, P + T]
-            completions += [until_end(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+            part = slice(start, start + batch_size)
+            ids, mask = left_padded([p.input_ids for p in prompts[part]], tokenizer.pad_token_id)
+            settings = (max_new_tokens, eos_token_ids, temperature, uniforms[part])
+            completions += sample(model, ids.to(device), mask.to(device), *settings)
     return completions
-
-
-def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Token ids up to and including the first that ends a completion."""
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: stop + 1]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class RolloutSettings(PhaseSettings):
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Subtracted where no end token came."})
     kl_target: float | None = field(default=None, metadata={"help": "Nats per completion; beta adapts to reach it."})
     kl_gain: float = field(default=3.0, metadata={"help": "How strongly beta answers."})
+    prefix_cache: bool = field(default=True, metadata={"help": "Compute what is frozen once a rollout."})
 
     @property
     def steps_per_phase(self: Any) -> int:

@@ -12,14 +12,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from saerl_cli.rl import ppo_math
-from saerl_cli.rl.exact import ExactTrainer, derived_seed, sample_what_is_scored
+from saerl_cli.rl.exact import derived_seed, sample_what_is_scored
 from saerl_cli.rl.kl_control import next_coefficient
 from saerl_cli.rl.normalise import Normaliser
+from saerl_cli.rl.once import OnceTrainer
 from saerl_cli.rl.policy import reference_of
 
 Base = GRPOTrainer if TYPE_CHECKING else object
 """What the classes here are mixed into."""
-
 
 EXACT_ROWS = 16
 """Completions a process and phase whose exact KL is computed beside the estimates."""
@@ -41,7 +41,7 @@ class EpochSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class RolloutTrainer(ExactTrainer, Base):
+class RolloutTrainer(OnceTrainer, Base):
     """Mixed in before GRPOTrainer or RLOOTrainer.
 
     Rows of `train_dataset` hold a `prompt` and optionally its `input_ids`, which are then used as they are.
@@ -129,7 +129,7 @@ class RolloutTrainer(ExactTrainer, Base):
         )
         self.passes.append(logps.detach())
         if values:  # the value before a token belongs to the position before it
-            self.state_values.append(torch.cat(values)[:, :-1][:, -logits_to_keep:])
+            self.state_values.append(self.in_order(torch.cat(values))[:, :-1][:, -logits_to_keep:])
         return logps, self.entropies, auxiliary
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -209,10 +209,11 @@ class RolloutTrainer(ExactTrainer, Base):
                 logits = model(**inputs).logits[:, -width - 1 : -1]
             return (logits.float() / self.temperature).log_softmax(-1)
 
-        found = []
+        found, unwrapped = [], self.accelerator.unwrap_model(self.model)
         for part in rows.split(size):
-            logp = distributions(self.model, part)
-            with reference_of(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
+            with self.replaying(batch, part):
+                logp = distributions(self.model, part)
+            with reference_of(unwrapped, self.ref_model) as reference, self.replaying(batch, part):
                 difference = logp - distributions(reference, part)
             found.append(((logp.exp() * difference).sum(-1) * kept[part]).sum(1))
         return torch.cat(found)

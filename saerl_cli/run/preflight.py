@@ -13,7 +13,7 @@ from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.refusals import readable
 from saerl_cli.run.words import sweep_points
 
-MAY_CHANGE = ("launch.threads", "launch.trackers", "activations.prefetch", "activations.cache_gb")
+MAY_CHANGE = ("launch.threads", "launch.trackers", "activations.prefetch", "activations.cache_gb", "algo.prefix_cache")
 """Settings that may differ when a run is resumed."""
 
 
