@@ -71,6 +71,18 @@ def test_runs_that_differ_in_their_seed_are_one_method(runs):
     assert [m.name for m in named] == ["sparse_coeffs lr=0.1", "all weights", "fast"]
 
 
+def test_runs_of_one_seed_that_differ_in_what_makes_no_method_are_one_frontier(tmp_path):
+    for coef, slope, reach in ((0.2, 1.0, 2.0), (0.6, 3.0, 0.5)):
+        evaluation(tmp_path / f"c{coef}", "sparse_coeffs", 0, slope, reach, **{"algo.kl_coef": coef})
+    assert len(methods(tmp_path)) == 2
+    (method,) = methods(tmp_path, by=["adapter.kind"])
+    (run,) = method.runs
+    assert sorted(point["kl"] for point in run.points) == [0.25, 0.5, 1.0, 2.0] and run.reach == 2.0
+    at_half = row(method, 0.5, None, None)
+    assert (at_half["gain"], at_half["runs"], at_half["reached"]) == (pytest.approx(1.5), 1, 1)
+    assert row(method, 0.75, None, None)["gain"] == pytest.approx(1.25), "between the runs' points at 0.5 and 1"
+
+
 def test_gains_at_equal_kl_by_hand(runs):
     coeffs, full = methods(runs)
     found = row(coeffs, 0.5, full, None)

@@ -6,7 +6,7 @@ Reads run directories only; imports no torch.
 import glob
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ MEAN_POINTS = 40
 
 @dataclass
 class Evaluation:
-    """A finished run of `saerl evaluate`."""
+    """A finished run of `saerl evaluate`, or all of a method and seed."""
 
     path: Path
     summary: dict[str, Any]
@@ -53,7 +53,7 @@ class Evaluation:
 
 @dataclass
 class Method:
-    """Runs that differ in their seed."""
+    """Runs that differ in their seed; with several a seed, their points together."""
 
     name: str
     runs: list[Evaluation]
@@ -131,6 +131,7 @@ def methods_of(evaluations: Sequence[Evaluation], config: CompareConfig) -> list
         raise ValueError(f"labels: there is no method {unknown[0]!r}; there are {', '.join(methods)}")
     for method in methods.values():
         refuse_twice(method)
+        method.runs = by_seed(method.runs)
         method.name = config.labels.get(method.name, method.name)
     if len({method.name for method in methods.values()}) < len(methods):
         raise ValueError("labels: two methods have the same name; choose others")
@@ -153,6 +154,17 @@ def refuse_twice(method: Method) -> None:
                 f"{seen[same].path} and {run.path} are the same method with the same seed; leave one of them out"
             )
         seen[same] = run
+
+
+def by_seed(runs: Sequence[Evaluation]) -> list[Evaluation]:
+    """One entry a seed: runs that differ in a setting which `by` leaves out put their points on one frontier."""
+    seeds: dict[Any, list[Evaluation]] = {}
+    for run in runs:
+        seeds.setdefault(run.settings.get("seed"), []).append(run)
+    return [
+        replace(same[0], summary=same[0].summary | {"frontier": [p for run in same for p in run.summary["frontier"]]})
+        for same in seeds.values()
+    ]
 
 
 def baseline_of(methods: Sequence[Method], name: str | None) -> Method | None:
