@@ -12,6 +12,7 @@ from saerl_cli.analysis.frontier import (
     best_of_n,
     difference_interval,
     efficiency,
+    hull,
     kl_optimum,
     pooled_optimum,
     ratio_interval,
@@ -170,6 +171,19 @@ def test_at_kl_is_linear_through_the_base_model_and_never_extrapolates():
         found = at_kl(points, kl)
         assert found is not None and (found.value, found.se) == pytest.approx((value, error))
     assert at_kl(points, 2.0001) is None
+
+
+def test_a_method_is_measured_on_its_own_frontier_by_hand():
+    """Points under a chord of others count for nothing; a KL that brings no more gain is not held against a method."""
+    given = [(0.5, 0.4, 0.1), (1.0, 2.0, 0.2), (1.5, 1.0, 0.3), (2.0, 2.5, 0.4), (3.0, 2.2, 0.5)]
+    points = [dict(zip(("kl", "gain", "gain_se"), point, strict=True)) for point in given]
+    assert hull(points) == [(0, 0, 0), (1.0, 2.0, 0.2), (2.0, 2.5, 0.4), (3.0, 2.5, 0.4)]
+    for kl, value in ((0.5, 1.0), (1.5, 2.25), (2.5, 2.5), (3.0, 2.5)):
+        found = at_kl(points, kl)
+        assert found is not None and found.value == pytest.approx(value)
+    assert at_kl(points, 3.1) is None
+    losing = hull([{"kl": 1.0, "gain": -1.0, "gain_se": 0.1}])
+    assert losing == [(0, 0, 0), (1.0, 0, 0)], "the base model is on every frontier"
 
 
 def test_intervals_over_seeds():

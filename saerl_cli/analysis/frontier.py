@@ -211,11 +211,36 @@ def efficiency(gain: float, gain_se: float, kl: float, kl_se: float, limit: Limi
     return Estimate(value, math.hypot(*errors) / best.gain)
 
 
-def at_kl(points: Sequence[Mapping[str, float]], kl: float) -> Estimate | None:
-    """A method's gain at a KL, linear between the neighbouring ones of its points and the base model (0, 0).
+def hull(points: Sequence[Mapping[str, float]]) -> list[tuple[float, float, float]]:
+    """A method's own frontier: the corners of the smallest concave, non-decreasing curve above its points.
 
     A chord is attainable: drawing each completion from one of two policies has the mean of their rewards and, KL being
-    convex, at most the mean of their KLs. Points are taken in order of KL. Beyond the last one nothing is claimed.
+    convex, at most the mean of their KLs. So are all points below the curve. Among noisy points the lucky ones make
+    corners, which lifts every method by a part of its standard error: compare methods with equally many points.
+
+    Args:
+        points: {kl, gain, gain_se}, in any order.
+
+    Returns:
+        (kl, gain, gain_se) in order of KL, from the base model (0, 0, 0) to the largest KL.
+    """
+    path = [(0.0, 0.0, 0.0), *sorted((p["kl"], p["gain"], p["gain_se"]) for p in points)]
+    best = max(path, key=lambda point: point[1])
+    corners: list[tuple[float, float, float]] = []
+    for point in [*(point for point in path if point[0] <= best[0]), (path[-1][0], *best[1:])]:
+        while len(corners) > 1 and not above(corners[-2], corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def above(left: tuple[float, ...], middle: tuple[float, ...], right: tuple[float, ...]) -> bool:
+    """Whether the middle one of three points lies above the chord of the others."""
+    return (middle[1] - left[1]) * (right[0] - left[0]) > (right[1] - left[1]) * (middle[0] - left[0])
+
+
+def at_kl(points: Sequence[Mapping[str, float]], kl: float) -> Estimate | None:
+    """A method's gain at a KL, on its own frontier (`hull`). Beyond its largest KL nothing is claimed.
 
     Args:
         points: {kl, gain, gain_se}, in any order.
@@ -225,8 +250,7 @@ def at_kl(points: Sequence[Mapping[str, float]], kl: float) -> Estimate | None:
         The gain; its standard error interpolated likewise, which is too large rather than too small. None where no
         point has so much KL.
     """
-    path = sorted([(0.0, 0.0, 0.0), *((p["kl"], p["gain"], p["gain_se"]) for p in points)])
-    kls, gains, errors = np.array(path).T
+    kls, gains, errors = np.array(hull(points)).T
     if kl > kls[-1]:
         return None
     return Estimate(float(np.interp(kl, kls, gains)), float(np.interp(kl, kls, errors)))

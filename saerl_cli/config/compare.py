@@ -19,8 +19,8 @@ class CompareConfig:
     reaches."""
     by: list[str] | None = None
     """Settings of the training runs that make a method, for instance by=[adapter.kind,adapter.lr]; when empty the kind
-    of adapter and whatever differs between runs of one kind, but for seeds, processes and how they were measured. Runs of one method and
-    seed that differ otherwise, for instance in algo.kl_coef, are points of one frontier."""
+    of adapter and whatever differs between runs of one kind, but for seeds, processes and how they were measured. Runs
+    of one method and seed that differ otherwise, for instance in algo.kl_coef, put their points on one frontier."""
     labels: dict[str, str] = field(default_factory=dict)
     """What to call methods: automatic name -> shown name."""
     baseline: str | None = None
