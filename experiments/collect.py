@@ -47,9 +47,8 @@ def numbers(path: Path) -> dict[str, Any]:
 
     config = OmegaConf.load(path / ".hydra" / "config.yaml")
     summary = read(path / "summary.json")
-    chosen = {
-        key: OmegaConf.to_container(OmegaConf.create({"v": OmegaConf.select(config, key)}))["v"] for key in CONFIG
-    }
+    plain: Any = OmegaConf.to_container(config)
+    chosen = {key: plain[key.split(".")[0]].get(key.split(".")[1]) for key in CONFIG}
     return chosen | {key: summary[key] for key in SUMMARY if key in summary}
 
 
