@@ -124,7 +124,7 @@ def methods_of(evaluations: Sequence[Evaluation], config: CompareConfig) -> list
     for evaluation, own in zip(evaluations, settings, strict=True):
         alike = [other for other in settings if other.get(KIND) == own.get(KIND)]
         keys = differing(alike) if config.by is None else [key for key in config.by if key != KIND]
-        name = " ".join([str(own.get(KIND)), *(f"{key.split('.')[-1]}={evaluation.settings.get(key)}" for key in keys)])
+        name = " ".join([str(own.get(KIND)), *named(evaluation.settings, keys)])
         methods.setdefault(name, Method(name, [])).runs.append(evaluation)
     unknown = [name for name in config.labels if name not in methods]
     if unknown:
@@ -136,6 +136,12 @@ def methods_of(evaluations: Sequence[Evaluation], config: CompareConfig) -> list
     if len({method.name for method in methods.values()}) < len(methods):
         raise ValueError("labels: two methods have the same name; choose others")
     return list(methods.values())
+
+
+def named(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Settings as `key=value`, those left empty passed over."""
+    given = {key.split(".")[-1]: settings[key] for key in keys if settings.get(key) is not None}
+    return [f"{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}" for key, value in given.items()]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
