@@ -31,7 +31,10 @@ def main(card: Path, comparison: Path, training: list[Path]) -> None:
         "versions": first["versions"],
         "commit": sorted({record["git_commit"] for _, record in records}),
         "runs": [{"name": path.name, "seed": record["seed"], **numbers(path)} for path, record in records],
-        "comparison": {key: compared[key] for key in ("methods", "table") if key in compared},
+        "comparison": {
+            "methods": {name: named(m) for name, m in compared["methods"].items()},
+            "table": compared["table"],
+        },
     }
     card.mkdir(exist_ok=True)
     (card / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -50,6 +53,11 @@ def numbers(path: Path) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(config)
     chosen = {key: plain[key.split(".")[0]].get(key.split(".")[1]) for key in CONFIG}
     return chosen | {key: summary[key] for key in SUMMARY if key in summary}
+
+
+def named(method: dict[str, Any]) -> dict[str, Any]:
+    """A method of the comparison, its runs by name: folders of a machine say nothing elsewhere."""
+    return method | {"runs": [Path(path).name for path in method["runs"]]}
 
 
 def read(path: Path) -> Any:

@@ -110,21 +110,20 @@ def frontier(
 
     Args:
         paths: method -> a list a run of policies {kl_exact, kl_exact_se, reward, reward_se}, drawn with 95 % intervals
-            where the method has no mean, else faint.
+            where the method has no mean, else as faint points.
         means: method -> {kl, gain, half}: mean over seeds and half its interval (None: one seed).
         limits: optimum and pooled_optimum, {kl, gain, reliable}; best_of_n, {n, kl, gain}; any may be missing.
         base_reward: mean reward of the base model.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for colour, (method, runs) in zip(cycle(), paths.items(), strict=False):
-        mean = means.get(method)
+    for index, (colour, (method, runs)) in enumerate(zip(cycle(), paths.items(), strict=False)):
+        mean, line = means.get(method), ("-", "--", ":")[index // len(COLOURS) % 3]
         for number, points in enumerate(runs):
             draw_path(axes, points, base_reward, colour, None if mean or number else method, faint=bool(mean))
         if mean:
-            axes.plot(
-                [p["kl"] for p in mean], [base_reward + p["gain"] for p in mean], color=colour, lw=1.8, label=method
-            )
+            kls, rewards = [p["kl"] for p in mean], [base_reward + p["gain"] for p in mean]
+            axes.plot(kls, rewards, line, color=colour, lw=1.8, label=method)
     right = 1.08 * max(point["kl_exact"] for runs in paths.values() for points in runs for point in points)
     draw_limits(axes, limits, base_reward, right)
     bounds = axes.get_ylim()  # a band of two seeds would push everything else together
@@ -144,7 +143,7 @@ def draw_path(
     path = sorted(points, key=lambda point: point["kl_exact"])
     kls, rewards = [0.0, *(p["kl_exact"] for p in path)], [base_reward, *(p["reward"] for p in path)]
     if faint:
-        axes.plot(kls, rewards, ".-", color=colour, alpha=0.35, lw=0.8, ms=4)
+        axes.plot(kls[1:], rewards[1:], ".", color=colour, alpha=0.35, ms=4)
         return
     axes.errorbar(
         kls,
