@@ -1,5 +1,6 @@
 """Settings of TRL's trainers, divided into phases: what one is, and where a checkpoint may lie."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,9 +22,9 @@ class PhaseSettings:
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
     @property
+    @abstractmethod
     def steps_per_phase(self) -> int:
         """Optimiser steps of a phase."""
-        raise NotImplementedError
 
     def divide_into_phases(self: Any) -> None:
         """Log once a phase; refuse checkpoints and an end inside one."""
