@@ -13,6 +13,7 @@ from trl.trainer.utils import RepeatSampler
 
 from saerl_cli.rl import ppo_math
 from saerl_cli.rl.exact import derived_seed, sample_what_is_scored
+from saerl_cli.rl.head import HELD
 from saerl_cli.rl.kl_control import next_coefficient
 from saerl_cli.rl.normalise import Normaliser
 from saerl_cli.rl.once import OnceTrainer
@@ -201,13 +202,14 @@ class RolloutTrainer(OnceTrainer, Base):
         count = len(ids) if self.args.kl_target else min(EXACT_ROWS, len(ids))
         rows = torch.linspace(0, len(ids) - 1, count, device=ids.device).long()
         kept = batch["completion_mask"].float()
-        width, size = kept.shape[1], self.args.per_device_train_batch_size
+        width, held = kept.shape[1], HELD // self.model.config.get_text_config().vocab_size
+        size = min(self.args.per_device_train_batch_size, max(1, held // (width + 1)))
 
         def distributions(model: Any, part: Tensor) -> Tensor:  # [rows, T, vocabulary]
             inputs = {"input_ids": ids[part], "attention_mask": mask[part], "position_ids": positions(mask[part])}
             with self.accelerator.autocast():
-                logits = model(**inputs).logits[:, -width - 1 : -1]
-            return (logits.float() / self.temperature).log_softmax(-1)
+                logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1].float()
+            return (logits if self.temperature == 1 else logits / self.temperature).log_softmax(-1)
 
         found, unwrapped = [], self.accelerator.unwrap_model(self.model)
         for part in rows.split(size):
