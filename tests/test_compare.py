@@ -78,14 +78,14 @@ def test_runs_of_one_seed_that_differ_in_what_makes_no_method_are_one_frontier(t
     (method,) = methods(tmp_path, by=["adapter.kind"])
     (run,) = method.runs
     assert sorted(point["kl"] for point in run.points) == [0.25, 0.5, 1.0, 2.0] and run.reach == 2.0
-    at_half = row(method, 0.5, None, None)
+    at_half = row(method, 0.5, None, {})
     assert (at_half["gain"], at_half["runs"], at_half["reached"]) == (pytest.approx(1.5), 1, 1)
-    assert row(method, 0.75, None, None)["gain"] == pytest.approx(1.5 + 0.5 / 6), "on the chord from 0.5 to 2"
+    assert row(method, 0.75, None, {})["gain"] == pytest.approx(1.5 + 0.5 / 6), "on the chord from 0.5 to 2"
 
 
 def test_gains_at_equal_kl_by_hand(runs):
     coeffs, full = methods(runs)
-    found = row(coeffs, 0.5, full, None)
+    found = row(coeffs, 0.5, full, {})
     t2 = 4.302653
     assert (found["gain"], found["share"]) == (pytest.approx(1.0), pytest.approx(0.5))
     assert found["gain_half"] == pytest.approx(t2 * 0.5 / math.sqrt(3), rel=1e-6)
@@ -93,7 +93,7 @@ def test_gains_at_equal_kl_by_hand(runs):
     assert found["share_half"] == pytest.approx(t1 * 0.5 / math.sqrt(3) / 2, rel=1e-5)
     assert found["difference"] == pytest.approx(-1)
     assert found["difference_half"] == pytest.approx(t2 * 0.5 / math.sqrt(3)), "full does not vary: Welch has 2 degrees"
-    assert row(full, 0.5, full, None)["share"] is None and found["efficiency"] is None
+    assert row(full, 0.5, full, {})["share"] is None and found["efficiency"] is None
     curve = mean_curve(coeffs)
     for reach in np.random.default_rng(0).uniform(0.1, 5, size=20):
         rounded = [evaluation(runs / f"{reach}-{seed}", "full", seed, 1.0, float(reach)) for seed in (0, 1)]
@@ -103,11 +103,11 @@ def test_gains_at_equal_kl_by_hand(runs):
 
 def test_a_kl_that_a_seed_does_not_reach_is_not_filled_in(runs):
     coeffs, full = methods(runs)
-    beyond = row(full, 1.5, full, None)
+    beyond = row(full, 1.5, full, {})
     assert beyond["gain"] is None and beyond["share"] is None and (beyond["reached"], beyond["runs"]) == (1, 2)
-    found = row(coeffs, 1.5, full, None)
+    found = row(coeffs, 1.5, full, {})
     assert found["gain"] == pytest.approx(3) and found["share"] is None
-    assert row(coeffs, 9.0, full, None)["reached"] == 0
+    assert row(coeffs, 9.0, full, {})["reached"] == 0
     assert common_kls([coeffs, full]) == [0.25, 0.5, 1.0]
     assert (rounded_down(0.3789), rounded_down(123.0), rounded_down(1.0)) == (0.37, 120.0, 1.0)
 
@@ -115,10 +115,33 @@ def test_a_kl_that_a_seed_does_not_reach_is_not_filled_in(runs):
 def test_efficiency_is_the_mean_over_seeds(runs):
     limit = kl_optimum(np.random.default_rng(0).normal(size=(2000, 64)) * 4)
     coeffs, _ = methods(runs)
-    found = row(coeffs, 0.5, None, limit)
+    found = row(coeffs, 0.5, None, {"": limit})
     best = limit.at(0.5).gain
     assert found["efficiency"] == pytest.approx(1 / best) and best == pytest.approx(4, rel=0.02)
     assert found["efficiency_half"] == pytest.approx(found["gain_half"] / best)
+
+
+def test_across_models_every_run_has_its_own_limit_and_differences_are_paired(tmp_path):
+    """Two languages in which everything gains 1 or 10 nats' worth: unpaired, the difference would drown."""
+    for language, size in (("ab", 1.0), ("zz", 10.0)):
+        for adapter, slope in (("sparse_coeffs", 1.0), ("full", 1.5)):
+            more = {"measured": {"model": language, "prompts": language}, "model.world.seed": size}
+            evaluation(tmp_path / f"{adapter}-{language}", adapter, 0, slope * size, **more)
+    with pytest.raises(ValueError, match=r"unless across=\[...\] names"):
+        load_evaluations([str(tmp_path)])
+    config = CompareConfig(runs=str(tmp_path), across=["model", "prompts"])
+    full, coeffs = methods_of(load_evaluations(config.paths(), config.across), config)
+    assert [len(full.runs), len(coeffs.runs)] == [2, 2], "a language is another run of the method, not another method"
+    rewards = np.random.default_rng(0).normal(size=(500, 64))
+    limits = {run.group: kl_optimum(rewards * run.points[-1]["gain"]) for run in coeffs.runs}  # ten times as high in zz
+    found = row(coeffs, 1.0, full, limits)
+    own = [row(Method("one", [run]), 1.0, None, limits)["efficiency"] for run in coeffs.runs]
+    assert own[0] == pytest.approx(own[1]) and found["efficiency"] == pytest.approx(own[0])
+    assert found["efficiency_half"] == pytest.approx(0, abs=1e-9)
+    assert found["difference"] == pytest.approx(-(0.5 + 5.0) / 2)
+    half = 12.7062 * (5.0 - 0.5) / 2  # t quantile of one degree of freedom, times |x - y| / 2
+    assert found["difference_half"] == pytest.approx(half, rel=1e-4)
+    assert found["gain"] == pytest.approx(5.5)
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, tmp_path):

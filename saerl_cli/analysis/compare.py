@@ -4,6 +4,7 @@ Reads run directories only; imports no torch.
 """
 
 import glob
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from saerl_cli.run.directory import Run
 KIND = "adapter.kind"
 IGNORED = ("seed", "launch.", "evaluation.", "checkpoint_every", "snapshots")
 """Settings, or their beginnings, that do not make another method."""
+OF_MODELS = ("model.", "data.", "adapter.saes")
+"""The same where models may differ."""
 MEAN_POINTS = 40
 """KLs at which a method's mean is drawn."""
 
@@ -39,6 +42,13 @@ class Evaluation:
     summary: dict[str, Any]
     settings: dict[str, Any]
     """Of the training run, {dotted key: value}."""
+    group: str = ""
+    """Runs of one group share base model, reward and prompts; all runs are one group unless told otherwise."""
+
+    @property
+    def unit(self) -> tuple[Any, str]:
+        """Seed and group: what the runs of a method differ in."""
+        return self.settings.get("seed"), self.group
 
     @property
     def points(self) -> list[dict[str, float]]:
@@ -62,21 +72,26 @@ class Method:
 # --- finding runs ----------------------------------------------------------------------------------------------------
 
 
-def load_evaluations(words: Sequence[str]) -> list[Evaluation]:
-    """The evaluations that folders, sweeps and globs stand for, each once.
+def load_evaluations(words: Sequence[str], across: Sequence[str] = ()) -> list[Evaluation]:
+    """The evaluations that folders, sweeps and globs stand for, each once; grouped by what may differ (`across`).
 
     Raises:
         ValueError: one that is missing, unfinished or not comparable with the first; the message names it.
     """
     found = list(dict.fromkeys(path for word in words for path in evaluated(word)))
     evaluations = [load(path) for path in found]
-    for other in evaluations[1:]:
-        differs = difference(evaluations[0].summary["measured"], other.summary["measured"])
+    shared = [{k: v for k, v in e.summary["measured"].items() if k not in across} for e in evaluations]
+    for other, own in zip(evaluations[1:], shared[1:], strict=True):
+        differs = difference(shared[0], own)
         if differs:
             raise ValueError(
                 f"{other.path} was measured with {differs} than {evaluations[0].path}; only runs of one model, reward,"
-                " prompts and sampling can be compared"
+                " prompts and sampling can be compared, unless across=[...] names what may differ"
             )
+    for evaluation in evaluations:
+        evaluation.group = (
+            json.dumps([evaluation.summary["measured"].get(key) for key in sorted(across)]) if across else ""
+        )
     return evaluations
 
 
@@ -115,7 +130,8 @@ def methods_of(evaluations: Sequence[Evaluation], config: CompareConfig) -> list
     Raises:
         ValueError: a setting of `by` that no run has, a label for no method, or a seed twice.
     """
-    settings = [{k: v for k, v in e.settings.items() if not k.startswith(IGNORED)} for e in evaluations]
+    ignored = IGNORED + (OF_MODELS if "model" in config.across else ())
+    settings = [{k: v for k, v in e.settings.items() if not k.startswith(ignored)} for e in evaluations]
     if config.by is not None:
         missing = [key for key in config.by if all(key not in e.settings for e in evaluations)]
         if missing:
@@ -163,10 +179,10 @@ def refuse_twice(method: Method) -> None:
 
 
 def by_seed(runs: Sequence[Evaluation]) -> list[Evaluation]:
-    """One entry a seed: runs that differ in a setting which `by` leaves out put their points on one frontier."""
+    """One entry a unit: runs that differ in a setting which `by` leaves out put their points on one frontier."""
     seeds: dict[Any, list[Evaluation]] = {}
     for run in runs:
-        seeds.setdefault(run.settings.get("seed"), []).append(run)
+        seeds.setdefault(run.unit, []).append(run)
     return [
         replace(same[0], summary=same[0].summary | {"frontier": [p for run in same for p in run.summary["frontier"]]})
         for same in seeds.values()
@@ -212,8 +228,14 @@ def gains(method: Method, kl: float) -> list[Estimate] | None:
     return reached if len(reached) == len(found) else None
 
 
-def row(method: Method, kl: float, baseline: Method | None, limit: Limit | None) -> dict[str, Any]:
+def row(method: Method, kl: float, baseline: Method | None, limits: Mapping[str, Limit]) -> dict[str, Any]:
     """A method at a KL, as plain data.
+
+    Args:
+        method: of any number of runs.
+        kl: nats.
+        baseline: what it is compared with.
+        limits: of each group of runs, where known.
 
     Returns:
         method, runs, kl, reached (runs that get there), gain, difference (gain minus the baseline's), share (of the
@@ -227,11 +249,21 @@ def row(method: Method, kl: float, baseline: Method | None, limit: Limit | None)
     theirs = gains(baseline, kl) if baseline else None
     both = ([e.value for e in own], [e.value for e in theirs]) if own and theirs and method is not baseline else None
     numbers |= interval("gain", over_seeds(own))
-    numbers |= interval("difference", difference_interval(*both) if both else None)
+    numbers |= interval("difference", difference_of(method, baseline, *both) if both and baseline else None)
     numbers |= interval("share", ratio_interval(*both) if both else None)
-    shares = [efficiency(e.value, e.se, kl, 0.0, limit) for e in own or []] if limit else []
+    groups = [(e, limits.get(run.group)) for e, run in zip(own or [], method.runs, strict=bool(own))]
+    shares = [limit and efficiency(e.value, e.se, kl, 0.0, limit) for e, limit in groups]
     known = [e for e in shares if e is not None]
     return numbers | interval("efficiency", over_seeds(known if len(known) == len(shares) else None))
+
+
+def difference_of(method: Method, baseline: Method, own: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Mean difference of two methods' runs; paired where they were run on the same of several groups."""
+    units, others = [run.unit for run in method.runs], [run.unit for run in baseline.runs]
+    if len({group for _, group in units}) == 1 or set(units) != set(others):
+        return difference_interval(own, theirs)
+    known = dict(zip(others, theirs, strict=True))
+    return t_interval([value - known[unit] for unit, value in zip(units, own, strict=True)])
 
 
 def over_seeds(estimates: Sequence[Estimate] | None) -> Interval | None:

@@ -7,6 +7,9 @@ from omegaconf import MISSING
 
 from saerl_cli.config.groups import refuse_unless
 
+ACROSS = ("model", "reference", "prompts", "reward")
+"""What a comparison may average over."""
+
 
 @dataclass
 class CompareConfig:
@@ -23,6 +26,10 @@ class CompareConfig:
     of one method and seed that differ otherwise, for instance in algo.kl_coef, put their points on one frontier."""
     labels: dict[str, str] = field(default_factory=dict)
     """What to call methods: automatic name -> shown name."""
+    across: list[str] = field(default_factory=list)
+    """What may differ between runs beside the seed, of model, reference, prompts and reward: [model,prompts] averages
+    over languages or SAEs. Runs that agree in these share a base and a limit; every method's mean is over all of them,
+    and differences from the baseline are paired by them and the seed."""
     baseline: str | None = None
     """Name of the method whose gain counts as 100 %; that of adapter=full when empty and there is one."""
 
@@ -35,6 +42,8 @@ class CompareConfig:
             self.kls is None or (bool(self.kls) and min(self.kls) > 0),
             f"kls must be a list of KLs > 0 in nats, for instance kls=[0.5,1,2], got {self.kls}",
         )
+        unknown = sorted(set(self.across) - set(ACROSS))
+        refuse_unless(not unknown, f"across: {', '.join(unknown)} may not differ; choose of {', '.join(ACROSS)}")
         refuse_unless(self.by is None or bool(self.by), "by is empty; name settings, for instance by=[adapter.kind]")
 
     def paths(self) -> list[Any]:

@@ -48,7 +48,7 @@ def check(config: CompareConfig) -> None:
     Raises:
         ValueError: one line saying what is wrong.
     """
-    methods = methods_of(load_evaluations(config.paths()), config)
+    methods = methods_of(load_evaluations(config.paths(), config.across), config)
     baseline_of(methods, config.baseline)
     if config.kls is None:
         common_kls(methods)
@@ -56,33 +56,58 @@ def check(config: CompareConfig) -> None:
 
 def work(config: CompareConfig, run: Run) -> None:
     """Compare; write summary.json, table.csv and the figure, print the table."""
-    evaluations = load_evaluations(config.paths())
+    evaluations = load_evaluations(config.paths(), config.across)
     methods = methods_of(evaluations, config)
     baseline = baseline_of(methods, config.baseline)
-    limits = best_limits(evaluations)
+    groups = {group: [e for e in evaluations if e.group == group] for group in sorted({e.group for e in evaluations})}
+    limits = {group: found for group, members in groups.items() if (found := best_limits(members))}
     kls = config.kls or common_kls(methods)
     facts = {method.name: facts_of(method) for method in methods}
     rows = [
-        row(method, kl, baseline, limits and limits.optimum)
+        row(method, kl, baseline, {group: limit.optimum for group, limit in limits.items()})
         | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero")}
         for kl in kls
         for method in methods
     ]
-    first = evaluations[0].summary
-    numbers = {"reward_base": first["reward_base"], "baseline": baseline and baseline.name, "methods": facts}
-    numbers |= {"table": rows, "measured": first["measured"]}
-    numbers |= curves(limits, max(evaluation.reach for evaluation in evaluations))
-    paths = {method.name: [evaluation.summary["frontier"] for evaluation in method.runs] for method in methods}
+    bases = [members[0].summary["reward_base"] for members in groups.values()]
+    reward_base = sum(bases) / len(bases)
+    numbers = {"reward_base": reward_base, "baseline": baseline and baseline.name, "methods": facts, "table": rows}
+    numbers |= {"groups": len(groups), "measured": [members[0].summary["measured"] for members in groups.values()]}
+    numbers |= mean_curves([curves(found, reach_of(evaluations)) for found in limits.values()])
+    paths = {method.name: [shown(run, reward_base) for run in method.runs] for method in methods}
     means = {method.name: mean for method in methods if (mean := mean_curve(method))}
     write_frontier(run.path, "figure", paths, means, numbers)
     figures.write_csv(run.path / "table.csv", rows)
     run.update(inputs={"runs": [str(evaluation.path) for evaluation in evaluations]})
     run.summary(numbers)
-    show(rows, methods, limits)
+    show(rows, methods, bool(limits))
+
+
+def reach_of(evaluations: Sequence[Evaluation]) -> float:
+    """The largest KL that was measured, nats."""
+    return max(evaluation.reach for evaluation in evaluations)
+
+
+def shown(run: Evaluation, reward_base: float) -> list[dict[str, Any]]:
+    """The policies of a run, their rewards as gains over the mean base."""
+    return [point | {"reward": reward_base + point["gain"]} for point in run.summary["frontier"]]
+
+
+def mean_curves(found: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """Limits averaged over groups, KL by KL; reliable where all of them are."""
+    if len(found) < 2:
+        return found[0] if found else {}
+    curves = {}
+    for name in found[0]:
+        columns = zip(*(limits[name] for limits in found), strict=False)
+        curves[name] = [{key: sum(p[key] for p in points) / len(points) for key in points[0]} for points in columns]
+        for point in curves[name]:
+            point |= {"reliable": point["reliable"] == 1} if "reliable" in point else {}
+    return curves
 
 
 def best_limits(evaluations: Sequence[Evaluation]) -> Limits | None:
-    """The limits from the run with the most base samples: all runs share model, reward and prompts."""
+    """The limits from the run with the most base samples: they share model, reward and prompts."""
     drawn = [read_jsonl(evaluation.path / base.FILE) for evaluation in evaluations]
     return limits_of(max(drawn, key=lambda lines: len(lines[0]["rewards"]) if lines else 0))
 
@@ -105,14 +130,14 @@ def facts_of(method: Method) -> dict[str, Any]:
     }
 
 
-def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: Limits | None) -> None:
+def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: bool) -> None:
     """Print the table and how to read it."""
     columns = [column for column in COLUMNS if any(entry[column[1]] is not None for entry in rows)]
     lines = [[heading for heading, _, _ in columns]]
     lines += [[cell(entry, key, form) for _, key, form in columns] for entry in rows]
     print(aligned(lines, words=1), flush=True)
     say("± half a 95 % interval: over seeds (Student's t), of a single run over its samples")
-    if limits is None:
+    if not limits:
         say("no base samples: evaluate one of the runs with base_samples=64 for the KL-optimal policy")
     alone = [method.name for method in methods if len(method.runs) == 1]
     if alone:
