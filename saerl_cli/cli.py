@@ -164,6 +164,9 @@ def runs(
     folders: Annotated[
         list[Path] | None, typer.Argument(metavar="FOLDER", help="Where to look; ./runs if empty.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show numbers and samples of running jobs until they end.")
+    ] = False,
 ) -> None:
     """List runs with their status, numbers and resume commands."""
     from saerl_cli.run.bridge import refuse
@@ -172,6 +175,10 @@ def runs(
     for folder in folders or []:
         if not folder.is_dir():
             refuse(f"there is no folder {folder}")
+    if watch:
+        from saerl_cli.run.watching import watch as watch_runs
+
+        watch_runs(folders or [Path("runs")])
     typer.echo(listing(folders or [Path("runs")]))
 
 

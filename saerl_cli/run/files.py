@@ -61,6 +61,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
+def last_jsonl(path: Path, count: int, reach: int = 2**18) -> list[dict[str, Any]]:
+    """The last objects of such a file, at most `count`, without reading more than `reach` bytes of it."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - reach)
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines[1 if start else 0 :][-count:] if line]
+
+
 def refuse_non_finite(value: Any, name: str) -> None:
     """`ValueError` naming the first NaN or infinity inside plain data."""
     if isinstance(value, float) and not math.isfinite(value):
