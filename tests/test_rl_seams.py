@@ -9,6 +9,7 @@ from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, shuffle_sequence_dict
@@ -55,6 +56,12 @@ def parameters(function) -> list[str]:
 )
 def test_overridden_methods_keep_their_signature(owner, name, expected):
     assert parameters(getattr(owner, name)) == expected
+
+
+def test_trl_says_whether_entropy_is_rewarded():
+    """`OnceTrainer` asks before it puts its own head in, whose entropy has no gradient; RLOO has no such bonus."""
+    assert "self._entropy_bonus_enabled = " in inspect.getsource(GRPOTrainer.__init__)
+    assert "entropy_coef" not in parameters(RLOOConfig)
 
 
 @pytest.mark.parametrize("owner", [GRPOTrainer, RLOOTrainer])

@@ -1,11 +1,10 @@
 """Rows of a file as dictionaries: JSON lines, a JSON list, or parquet; lines and lists may be .gz or .zst."""
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.world.text import COMPRESSED, kind_of, opened, parse
+from saerl_cli.world.text import kind_of, named_files, opened, parse
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -23,26 +22,11 @@ def read_rows(pattern: str, setting: str) -> Iterator[Row]:
     Raises:
         ValueError: no such file, another kind of file, or a malformed row, named.
     """
-    for path in row_files(pattern, setting):
+    for path in named_files(pattern, setting, SUFFIXES):
         try:
             yield from parquet_rows(path) if kind_of(path) == ".parquet" else json_rows(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-
-
-def row_files(pattern: str, setting: str) -> list[Path]:
-    """The files that a path or glob names."""
-    expanded = str(Path(pattern).expanduser())
-    paths = [Path(expanded)] if Path(expanded).exists() else [Path(p) for p in sorted(glob.glob(expanded))]
-    if not paths:
-        raise ValueError(f"{setting}={pattern} does not exist; write {setting}=FILE or a glob in quotes")
-    for path in paths:
-        compressed_parquet = path.suffix in COMPRESSED and kind_of(path) == ".parquet"
-        if not path.is_file() or kind_of(path) not in SUFFIXES or compressed_parquet:
-            raise ValueError(
-                f"{setting}: {path} is not a {', '.join(SUFFIXES)} file (JSON also as {' or '.join(COMPRESSED)})"
-            )
-    return paths
 
 
 def json_rows(path: Path) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import codecs
 import glob
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,21 +133,31 @@ def refuse_all_heldout(documents: int, data: DataConfig) -> None:
 
 def text_files(data: DataConfig) -> list[Path]:
     """The files that `data.path` names, sorted."""
-    pattern = str(Path(data.path or "").expanduser())
-    paths = (
-        [Path(pattern)]
-        if Path(pattern).exists()
-        else [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    )
-    if not paths:
-        raise ValueError(f"data.path={data.path} does not exist; write data.path=FILE or a glob in quotes")
-    for path in paths:
+    return named_files(data.path or "", "data.path", SUFFIXES)
+
+
+def named_files(pattern: str, setting: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files that a path or glob names, sorted; all but parquet may be compressed.
+
+    Args:
+        pattern: path or glob.
+        setting: what the user wrote it as, for messages.
+        suffixes: the kinds allowed.
+
+    Raises:
+        ValueError: no such file, or one of another kind.
+    """
+    expanded = str(Path(pattern).expanduser())
+    found = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))
+    if not found:
+        raise ValueError(f"{setting}={pattern} does not exist; write {setting}=FILE or a glob in quotes")
+    for path in map(Path, found):
         compressed_parquet = path.suffix in COMPRESSED and kind_of(path) == ".parquet"
-        if not path.is_file() or kind_of(path) not in SUFFIXES or compressed_parquet:
+        if not path.is_file() or kind_of(path) not in suffixes or compressed_parquet:
             raise ValueError(
-                f"data.path: {path} is not a {', '.join(SUFFIXES)} file (text also as {' or '.join(COMPRESSED)})"
+                f"{setting}: {path} is not a {', '.join(suffixes)} file (text also as {' or '.join(COMPRESSED)})"
             )
-    return paths
+    return [Path(path) for path in found]
 
 
 def kind_of(path: Path) -> str:
