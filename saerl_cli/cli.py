@@ -99,6 +99,12 @@ def evaluate(overrides: Overrides = None, help: Help = False) -> None:
     hydra("evaluate", overrides)
 
 
+@app.command("features", context_settings=HYDRA, add_help_option=False)
+def features(overrides: Overrides = None, help: Help = False) -> None:
+    """Show what features are and what RLHF did to them."""
+    hydra("features", overrides)
+
+
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
     """Compare evaluated policies at equal KL."""

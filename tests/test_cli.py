@@ -23,6 +23,7 @@ COMMANDS = (
     "train-reward",
     "rlhf",
     "evaluate",
+    "features",
     "compare",
     "export",
     "report",

@@ -44,7 +44,7 @@ def chosen(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping
     """
     found: Chosen = {}
     parts = (
-        by_number(choice.ids or [], setting, sizes),
+        by_number(choice.ids or [], f"{setting}.ids", sizes),
         by_label(choice, setting, sizes) if choice.pattern is not None else {},
         by_attribute(choice, setting, saes, sizes) if choice.attributes else {},
     )
@@ -55,14 +55,20 @@ def chosen(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping
 
 
 def by_number(ids: list[str], setting: str, sizes: Mapping[str, int]) -> Chosen:
-    """Features given as SITE:FEATURE or SITE:FIRST-LAST."""
+    """Features given as SITE:FEATURE or SITE:FIRST-LAST.
+
+    Raises:
+        ValueError: one that is written otherwise, or that is not there.
+    """
     found: Chosen = {}
     for text in ids:
         match = re.fullmatch(r"(.+):(\d+)(?:-(\d+))?", text)
         if match is None:
-            raise ValueError(f"{setting}.ids: {text!r} is neither SITE:FEATURE nor SITE:FIRST-LAST")
+            raise ValueError(f"{setting}: {text!r} is neither SITE:FEATURE nor SITE:FIRST-LAST")
         site, first, last = match[1], int(match[2]), int(match[3] or match[2])
-        refuse_unknown(site, last, f"{setting}.ids: {text}", sizes)
+        refuse_unknown(site, last, f"{setting}: {text}", sizes)
+        if first > last:
+            raise ValueError(f"{setting}: {text}: {first} is larger than {last}; write the smaller number first")
         found[site] = found.get(site, set()) | set(range(first, last + 1))
     return found
 

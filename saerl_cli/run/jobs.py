@@ -38,6 +38,12 @@ JOBS = {
         "saerl_cli.rl.evaluate_job:check",
         "saerl_cli.report.frontier:work",
     ),
+    "features": Job(
+        "saerl_cli.config.features:FeaturesConfig",
+        "saerl_cli.analysis.features_job:check",
+        "saerl_cli.report.features:work",
+        launches=False,
+    ),
     "compare": Job(
         "saerl_cli.config.compare:CompareConfig",
         "saerl_cli.report.compare:check",
