@@ -105,6 +105,12 @@ def features(overrides: Overrides = None, help: Help = False) -> None:
     hydra("features", overrides)
 
 
+@app.command("audit", context_settings=HYDRA, add_help_option=False)
+def audit(overrides: Overrides = None, help: Help = False) -> None:
+    """Find the features that caused a policy's reward."""
+    hydra("audit", overrides)
+
+
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
     """Compare evaluated policies at equal KL."""

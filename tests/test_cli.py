@@ -24,6 +24,7 @@ COMMANDS = (
     "rlhf",
     "evaluate",
     "features",
+    "audit",
     "compare",
     "export",
     "report",

@@ -202,6 +202,79 @@ def coefficient_ranks(deltas: dict[str, list[float]]) -> Figure:
     return figure
 
 
+KEEP_LINES = {
+    "keep": ("the first n by attribution", COLOURS[0], "o-"),
+    "keep_by_effect": ("the first n by effect", COLOURS[3], "s-"),
+    "remove": ("all but the first n", COLOURS[1], "o-"),
+    "keep_random": ("n at random", GREY, "x--"),
+    "keep_matched": ("n others of like effect", GREY, "d:"),
+}
+"""Curves of an audit: label, colour, marker and line."""
+
+
+@styled
+def keep_only(curves: dict[str, list[dict[str, Any]]], needed: dict[str, dict[str, Any] | None]) -> Figure:
+    """Share of the reward gain that is left over the number of features kept, with 95 % intervals.
+
+    Args:
+        curves: name in `KEEP_LINES` -> points {n, share, share_se}.
+        needed: per cent of the gain -> {n, low, high}, drawn on its level.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        label, colour, form = KEEP_LINES[name]
+        shares, errors = [p["share"] for p in points], [1.96 * p["share_se"] for p in points]
+        numbers = [p["n"] for p in points]
+        axes.errorbar(numbers, shares, errors, fmt=form, color=colour, label=label, ms=4, lw=1.4, elinewidth=0.8)
+    for percent, entry in needed.items():
+        if entry:
+            place, text = (entry["n"], float(percent) / 100), f"{percent} %: {entry['n']:,}"
+            axes.annotate(text, place, (-4, 7), textcoords="offset points", ha="right", fontsize=8, color=COLOURS[0])
+    axes.axhline(1, color=GREY, lw=0.8, alpha=0.5)
+    axes.set(xlabel="features n", ylabel="share of the reward gain that is left", xscale="log")
+    log_axis(axes.xaxis, [1, max(point["n"] for points in curves.values() for point in points)])
+    axes.margins(y=0.08)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def attributions(rows: Sequence[dict[str, Any]], shares: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    """Attribution of the first features, and the share of all attribution by kind, with 95 % intervals.
+
+    Args:
+        rows: {name, label, attribution, attribution_se, rewarded}.
+        shares: title -> name -> {share, share_se, effect_share, features}.
+    """
+    heights = [max(2, len(rows)), *(max(2, len(entries)) for entries in shares.values())]
+    figure = Figure(figsize=(7.2, 0.2 * sum(heights) + len(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    colours = [COLOURS[0] if row["rewarded"] else GREY for row in rows]
+    names = [f"{row['name']}  {row['label']}" for row in rows]
+    bars(panels[0], names, [r["attribution"] for r in rows], [r["attribution_se"] for r in rows], colours)
+    panels[0].set(xlabel="attributed reward (teal: fires on rewarded tokens)")
+    for panel, (title, entries) in zip(panels[1:], shares.items(), strict=True):
+        names = [f"{name} ({entry['features']:,})" for name, entry in entries.items()]
+        values, errors = [e["share"] for e in entries.values()], [e["share_se"] for e in entries.values()]
+        bars(panel, names, values, errors, [COLOURS[2]] * len(names))
+        expected = [entry["effect_share"] for entry in entries.values()]
+        panel.plot(expected, range(len(names)), "|", color=COLOURS[1], ms=10, mew=2)
+        panel.set(xlabel="share of the gain (red mark: of the total effect)")
+        panel.set_title(title, fontsize=10, color=GREY, loc="left")
+    return figure
+
+
+def bars(panel: Any, names: Sequence[str], values: Sequence[float], errors: Sequence[float], colours: Any) -> None:
+    """Horizontal bars, the first on top."""
+    panel.barh(range(len(names)), values, xerr=[1.96 * e for e in errors], color=colours, ecolor=GREY, height=0.7)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    for label in panel.get_yticklabels():
+        label.set_parse_math(False)
+    panel.invert_yaxis()
+    panel.grid(False, axis="y")
+
+
 CONTROL_MARKERS = {"real": "d", "shuffled": "x", "random": "*", "wrong_layer": "^"}
 """Controls of `saerl_cli.sae.controls`, in grey beside the SAEs."""
 

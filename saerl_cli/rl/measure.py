@@ -134,12 +134,27 @@ def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16) -> float:
     total, count = 0.0, 0
     separator = rows[0, 0].item()
     for start in range(0, len(rows), batch_size):
-        ids = rows[start : start + batch_size].to(model.device)
-        logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # [n, context - 1, vocabulary]
-        text = (ids[:, :-1] != separator) | (ids[:, 1:] != separator)  # not: a separator after another
-        total -= (logp.gather(-1, ids[:, 1:, None]).squeeze(-1).double() * text).sum().item()
+        loss, text = token_losses(model, rows[start : start + batch_size], separator)
+        total += loss.sum().item()
         count += int(text.sum())
     return total / max(count, 1)
+
+
+def token_losses(model: Any, rows: Tensor, separator: Any) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every token but the first of packed rows, float64 and 0 for filling, and what is none.
+
+    Args:
+        model: a causal language model.
+        rows: [n, context] token ids.
+        separator: of documents; one after another is filling.
+
+    Returns:
+        [n, context - 1] twice, on the model's device.
+    """
+    ids = rows.to(model.device)
+    logp = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # [n, context - 1, vocabulary]
+    text = (ids[:, :-1] != separator) | (ids[:, 1:] != separator)
+    return -logp.gather(-1, ids[:, 1:, None]).squeeze(-1).double() * text, text
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

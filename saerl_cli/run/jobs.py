@@ -44,6 +44,9 @@ JOBS = {
         "saerl_cli.report.features:work",
         launches=False,
     ),
+    "audit": Job(
+        "saerl_cli.config.audit:AuditConfig", "saerl_cli.analysis.audit_check:check", "saerl_cli.report.audit:work"
+    ),
     "compare": Job(
         "saerl_cli.config.compare:CompareConfig",
         "saerl_cli.report.compare:check",

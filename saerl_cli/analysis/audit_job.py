@@ -1,0 +1,449 @@
+"""What `saerl audit` does, step by step: rank all features, revert, keep only, control, compare, classify.
+
+The result is the content of audit.json, described in `saerl_cli.analysis.audit`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saerl_cli.analysis.audit_check import deltas_of
+from saerl_cli.config.audit import AuditConfig
+from saerl_cli.config.evaluate import EvaluateConfig
+from saerl_cli.config.groups import ModelKind
+from saerl_cli.config.reward import RewardConfig, RewardKind
+from saerl_cli.config.rlhf import EvaluationConfig
+from saerl_cli.rl.chosen import chosen as named_features
+from saerl_cli.rl.runs import run_config
+from saerl_cli.run.directory import Run
+from saerl_cli.run.files import read_json
+from saerl_cli.run.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saerl_cli.analysis.attribution import Moved
+    from saerl_cli.analysis.audit import Gain, Variants
+    from saerl_cli.analysis.kinds import Firing
+    from saerl_cli.rl.evaluate_job import Bench
+    from saerl_cli.rl.measure import Samples
+
+RANKING, GRADING, NULL = 21, 22, 23
+"""What completions are drawn for: each has random numbers of its own."""
+OVERLAP = 100
+"""Features a site whose overlap between runs is counted, at most."""
+
+Numbers = dict[str, Any]
+
+# --- the audit -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """What every step needs."""
+
+    config: AuditConfig
+    bench: "Bench"
+    coefficients: "Moved"
+    variants: "Variants"
+    attributions: "Tensor"
+    """[prompts, F], on prompts and samples that nothing else uses."""
+    order: list[int]
+    """All features that moved, the largest mean attribution first."""
+    found: "Firing"
+
+    @property
+    def mean(self) -> "Tensor":
+        """Attribution of every feature, [F]."""
+        return self.attributions.double().mean(0)
+
+
+def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
+    """Audit a policy: the content of audit.json.
+
+    Results of variants are kept in RUN/variants.jsonl, so that an audit that was killed goes on.
+    """
+    from saerl_cli.analysis import kinds
+    from saerl_cli.analysis.attribution import moved
+    from saerl_cli.analysis.audit import VERSION, Variants
+    from saerl_cli.rl.evaluate_job import build_bench, record_inputs
+
+    samples = config.evaluation.samples
+    twice = EvaluationConfig(**{**vars(config.evaluation), "samples": 2 * samples})
+    evaluating = EvaluateConfig(policy=config.policy, evaluation=twice, launch=config.launch, seed=config.seed)
+    bench = build_bench(evaluating, device)
+    record_inputs(evaluating, run)
+    coefficients = moved(bench.policy.model)
+    say(f"ranking {len(coefficients):,} features by the reward's gradient at {config.alphas} points")
+    attributions = ranked(config, bench, coefficients, samples)
+    variants = Variants(
+        bench.policy, bench.reward, bench.prompts[samples:], bench.rows, bench.sampling(GRADING), coefficients,
+        run.path / "variants.jsonl",
+    )  # fmt: skip
+    order = attributions.double().mean(0).argsort(descending=True, stable=True).tolist()
+    found = kinds.firing(bench.policy, coefficients, bench.rows)
+    setting = Setting(config, bench, coefficients, variants, attributions, order, found)
+    numbers: Numbers = {
+        "version": VERSION,
+        "policy": str(Path(config.policy)),
+        "adapter": bench.trained.adapter.kind.value,
+        "splice": bench.trained.adapter.splice.value,
+        "seed": config.seed,
+        "prompts": samples,
+        "features": {"total": sum(coefficients.sizes), "moved": len(coefficients)},
+    }
+    gain, numbers["gain"] = gained(setting)
+    numbers["completeness"] = completeness(setting, gain)
+    say(f"reverting {min(config.top, len(order))} features one by one, {config.pairs} pairs")
+    numbers |= reverted(setting, gain)
+    say("keeping only the first features, and controls")
+    numbers |= kept(setting, gain)
+    numbers["side_effects"] = side_effects(setting, numbers["needed"]["90"])
+    numbers["peers"] = [peer_numbers(setting, peer) for peer in config.peers]
+    numbers["attributions"] = by_site(setting)
+    return numbers
+
+
+def ranked(config: AuditConfig, bench: "Bench", coefficients: "Moved", samples: int) -> "Tensor":
+    """Attributions of all features on the first prompts, mean over alphas: [prompts, F]."""
+    import torch
+
+    from saerl_cli.analysis.attribution import attribute
+
+    prefixes = config.prefix_rewards
+    if prefixes is None:
+        slow = (RewardKind.hf, RewardKind.python)
+        prefixes = all(part.kind not in slow for part in bench.trained.reward.parts.values())
+    total = torch.zeros(samples, len(coefficients))
+    how = bench.sampling(RANKING)
+    for part in attribute(
+        bench.policy, bench.reward, bench.prompts[:samples], coefficients, how, config.alphas, prefixes
+    ):
+        total += part / config.alphas
+    return total
+
+
+def gained(setting: Setting) -> "tuple[Gain, Numbers]":
+    """The policy against its reference on the prompts that grade."""
+    import torch
+
+    from saerl_cli.analysis.audit import Gain, difference
+    from saerl_cli.rl.measure import mean_and_error
+
+    one = torch.ones(len(setting.coefficients))
+    before, after = setting.variants.measured(0 * one), setting.variants.measured(one)
+    numbers: Numbers = {}
+    for name, values in (("reward_reference", before.rewards), ("reward", after.rewards), ("kl", after.kl or [])):
+        numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
+    numbers["gain"], numbers["gain_se"] = difference(after.rewards, before.rewards)
+    words = words_of(setting)
+    numbers["loss_reference"], numbers["loss"] = (sum(m.losses or []) / sum(words) for m in (before, after))
+    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, after.losses, before.losses)
+    return Gain(before.rewards, after.rewards), numbers
+
+
+def words_of(setting: Setting) -> list[float]:
+    """Tokens of every held-out row whose loss counts."""
+    rows = setting.bench.rows
+    return ((rows[:, :-1] != rows[0, 0]) | (rows[:, 1:] != rows[0, 0])).sum(1).double().tolist()
+
+
+def loss_change(setting: Setting, after: Sequence[float] | None, before: Sequence[float] | None) -> tuple[float, float]:
+    """Change of the held-out loss a token, and its standard error over rows."""
+    from saerl_cli.analysis.audit import ratio
+
+    return ratio([x - y for x, y in zip(after or [], before or [], strict=True)], words_of(setting))
+
+
+def completeness(setting: Setting, gain: "Gain") -> Numbers:
+    """The sum of all attributions against the gain; they come from different samples."""
+    import math
+
+    from saerl_cli.rl.measure import mean_and_error
+
+    whole, whole_se = mean_and_error(setting.attributions.double().sum(1).tolist())
+    mean, error = mean_and_error(gain.full)
+    numbers = {"attributed": whole, "attributed_se": whole_se}
+    return numbers | {"difference": whole - mean, "difference_se": math.hypot(whole_se, error)}
+
+
+# --- reverting -------------------------------------------------------------------------------------------------------
+
+
+def reverted(setting: Setting, gain: "Gain") -> Numbers:
+    """`reverts`, `pairs` and `shares`: what the first features and those asked for do, and what all of them are."""
+    import torch
+
+    from saerl_cli.analysis.audit import difference
+    from saerl_cli.rl.measure import mean_and_error
+
+    config, order, coefficients = setting.config, setting.order, setting.coefficients
+    sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
+    wanted = named_features(config.features, "features", setting.bench.trained.adapter.saes, sizes)
+    asked = {f"{site}:{feature}" for site, features in wanted.items() for feature in features}
+    names = {coefficients.name(i): i for i in order} if asked else {}
+    for name in sorted(asked - names.keys()):
+        say(f"{name} is untouched: reverting it changes nothing")
+    chosen = list(dict.fromkeys([*order[: config.top], *(names[name] for name in sorted(asked & names.keys()))]))
+    described, shares = classified(setting, chosen)
+    one = torch.ones(len(coefficients))
+    policy = setting.variants.measured(one)
+    rows = []
+    for i in chosen:
+        without = setting.variants.measured(one - unit(i, one))
+        row: Numbers = {"site": coefficients.sites[int(coefficients.site[i])]}
+        row |= {"feature": int(coefficients.feature[i]), "delta": float(coefficients.delta[i])}
+        values = setting.attributions[:, i].double().tolist()
+        row["attribution"], row["attribution_se"] = mean_and_error(values)
+        row["share"] = row["attribution"] / (float(setting.mean.sum()) or 1.0)
+        row["effect"] = float(setting.found.effect[i])
+        row["reward"], row["reward_se"] = difference(without.rewards, policy.rewards)
+        row["kl"], row["kl_se"] = difference(without.kl or [], policy.kl or [])
+        row["loss"], row["loss_se"] = loss_change(setting, without.losses, policy.losses)
+        rows.append(row | described[i])
+    pairs = [pair_numbers(setting, i, j) for i, j in first_pairs(order[: config.top], config.pairs)]
+    return {"reverts": rows, "pairs": pairs, "shares": shares}
+
+
+def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
+    """What reverting two features, and keeping nothing but two, does beyond doing so with each."""
+    import torch
+
+    from saerl_cli.analysis.audit import difference, interaction
+    from saerl_cli.rl.measure import mean_and_error
+
+    one, coefficients = torch.ones(len(setting.coefficients)), setting.coefficients
+    numbers: Numbers = {"first": coefficients.name(i), "second": coefficients.name(j)}
+    first, second = unit(i, one), unit(j, one)
+    for prefix, start, sign in (("", one, -1), ("kept_", 0 * one, 1)):
+        whole = not prefix  # single reverts have been measured in full
+        without = setting.variants.measured(start).rewards
+        one_alone, other_alone = (
+            setting.variants.measured(start + sign * at).rewards if whole else setting.variants.rewards(start + at)
+            for at in (first, second)
+        )
+        both = setting.variants.rewards(start + sign * (first + second))
+        numbers[f"{prefix}joint"], numbers[f"{prefix}joint_se"] = difference(both, without)
+        extra, extra_se = mean_and_error(interaction(without, one_alone, other_alone, both))
+        numbers |= {f"{prefix}interaction": extra, f"{prefix}interaction_se": extra_se}
+    return numbers
+
+
+def unit(i: int, like: "Tensor") -> "Tensor":
+    """1 at a place, 0 elsewhere."""
+    found = like.new_zeros(len(like))
+    found[i] = 1.0
+    return found
+
+
+def first_pairs(order: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """So many pairs among the first of an order: those whose later member comes first, first."""
+    pairs = sorted(combinations(range(len(order)), 2), key=lambda pair: (pair[1], pair[0]))
+    return [(order[i], order[j]) for i, j in pairs[:count]]
+
+
+# --- what features are -----------------------------------------------------------------------------------------------
+
+
+def classified(setting: Setting, chosen: Sequence[int]) -> tuple[dict[int, Numbers], Numbers]:
+    """What the chosen features are, and the share of the gain on features of every kind."""
+    from saerl_cli.analysis import kinds
+    from saerl_cli.analysis.audit import sums_by
+
+    bench, found, config = setting.bench, setting.found, setting.config
+    tokenizer, trained = bench.policy.tokenizer, bench.trained
+    rewarded = kinds.rewarded_tokens(trained.reward, tokenizer)
+    kind = kinds.token_kinds(found, tokenizer, rewarded)
+    labels: dict[str, Sequence[Any]] = {"kind": kind}
+    shares: Numbers = {"by_kind": sums_by(kind, setting.attributions, found.effect)}
+    if rewarded:
+        place = kinds.places(found, rewarded)
+        shares["by_place"] = sums_by(place, setting.attributions, found.effect)
+        direction = labels["writes"] = kinds.direction_names(kinds.writes(bench.policy, setting.coefficients, rewarded))
+        shares["by_direction"] = sums_by(direction, setting.attributions, found.effect)
+    if trained.model.kind is ModelKind.planted:
+        grades = kinds.attributes_of(found, tokenizer)
+        labels["attribute"] = [name if grade >= config.f1 else "" for name, grade in grades]
+        labels["f1"] = [grade for _, grade in grades]
+        role = kinds.roles(grades, rewarded_attributes(trained.reward), config.f1)
+        shares["by_role"] = sums_by(role, setting.attributions, found.effect)
+        names = [name or "unassigned" for name in labels["attribute"]]
+        shares["by_attribute"] = sums_by(names, setting.attributions, found.effect)
+    fired = kinds.fires_on(found, tokenizer, chosen)
+    return {i: {"fires_on": fired[i], **{key: values[i] for key, values in labels.items()}} for i in chosen}, shares
+
+
+def rewarded_attributes(reward: RewardConfig) -> set[str]:
+    """Attributes of the embedded language that a reward counts."""
+    return {
+        part.attribute for part in reward.parts.values() if part.kind is RewardKind.world and part.attribute
+    }  # fmt: skip
+
+
+# --- keeping only ----------------------------------------------------------------------------------------------------
+
+
+def kept(setting: Setting, gain: "Gain") -> Numbers:
+    """`curves` and `needed`: what is left of the gain with the first features alone, without them, and of controls."""
+    from saerl_cli.analysis.audit import SHARES, coarse_grid, control, curve, grid, matched, needed, random_order
+    from saerl_cli.rl.exact import derived_seed
+
+    config, variants, order = setting.config, setting.variants, setting.order
+    total, effect = len(order), setting.found.effect.tolist()
+    points, coarse = grid(total), coarse_grid(total)
+    keep = curve(variants, gain, order, points)
+    found = {f"{share:.0%}".rstrip("%"): needed(keep, share) for share in SHARES}
+    behind = {int(entry["n"]) for entry in found.values() if entry and entry["n"] < total}
+    asked = sorted({*coarse, *behind})
+    orders = [random_order(total, derived_seed(config.seed, RANKING, number)) for number in range(config.draws)]
+
+    def like(n: int, number: int) -> list[int] | None:
+        return matched(effect, order[:n], derived_seed(config.seed, GRADING, n, number))
+
+    def left(kept: Sequence[int], n: int) -> float:
+        own = sum(effect[i] for i in order[:n])
+        return sum(effect[i] for i in kept) / own if own else 1.0
+
+    curves = {
+        "keep": keep,
+        "remove": curve(variants, gain, order, sorted({*points[:-1:2], *behind, total}), keep=False),
+        "keep_by_effect": curve(
+            variants, gain, sorted(range(total), key=lambda i: -effect[i]), [*points[:-1:2], total]
+        ),
+        "keep_random": control(variants, gain, lambda n, number: orders[number][:n], asked, config.draws),
+        "keep_matched": control(variants, gain, like, asked, config.draws),
+    }
+    for point in curves["keep_matched"]:
+        sets = [kept for number in range(config.draws) if (kept := like(point["n"], number)) is not None]
+        point["effect_ratio"] = sum(left(kept, point["n"]) for kept in sets) / len(sets)
+    for entry in found.values():
+        for name, curve_name in (("without", "remove"), ("random", "keep_random"), ("matched", "keep_matched")):
+            point = next((p for p in curves[curve_name] if entry and p["n"] == entry["n"]), None)
+            if entry and point:
+                entry |= {name: point["share"], f"{name}_se": point["share_se"]}
+                entry |= {"matched_effect": point["effect_ratio"]} if name == "matched" else {}
+    return {"curves": curves, "needed": found}
+
+
+# --- side effects ----------------------------------------------------------------------------------------------------
+
+
+def side_effects(setting: Setting, needed_90: Numbers | None) -> Numbers:
+    """What else changed, for the policy and for the fewest features that carry 90 % of its gain."""
+    import torch
+
+    from saerl_cli.analysis.audit import only
+
+    total = len(setting.coefficients)
+    nothing = torch.zeros(total)
+    before, again = written(setting, nothing), written(setting, nothing, NULL)
+    chosen = {"full": torch.ones(total)}
+    if needed_90:
+        chosen["needed_90"] = only(setting.order, needed_90["n"], total)
+    found = {name: spent(setting, scale, before, written(setting, scale)) for name, scale in chosen.items()}
+    if setting.bench.trained.model.kind is ModelKind.planted:  # the ratio that sampling alone would show
+        for entry in found.values():
+            entry["ratio_by_chance"] = other_change(setting, before, again) / (abs(entry["rewarded_change"]) or 1.0)
+    return found
+
+
+def written(setting: Setting, scale: "Tensor", purpose: int = GRADING) -> "Samples":
+    """What a variant writes on the prompts that grade, with the random numbers of all variants or others."""
+    from saerl_cli.analysis.attribution import scaled
+    from saerl_cli.rl.measure import Samples, generate
+
+    bench, variants, how = setting.bench, setting.variants, setting.bench.sampling(purpose)
+    policy, ids = bench.policy, variants.measured(scale).completion_ids or []
+    if purpose != GRADING:
+        with scaled(policy.model, setting.coefficients, scale):
+            settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed)
+            ids = generate(policy.model, variants.prompts, policy.tokenizer, policy.eos_token_ids, *settings)
+    return Samples(list(variants.prompts), ids, policy.tokenizer.batch_decode(ids, skip_special_tokens=True), {})
+
+
+def spent(setting: Setting, scale: "Tensor", before: "Samples", after: "Samples") -> Numbers:
+    """KL, held-out loss, attributes, length and variety that a variant's gain was bought with."""
+    import torch
+
+    from saerl_cli.analysis.audit import difference, ratio
+    from saerl_cli.rl.measure import attribute_shares, describe, mean_and_error
+
+    variants = setting.variants
+    measured, base = variants.measured(scale), variants.measured(torch.zeros_like(scale))
+    numbers: Numbers = {}
+    gains = [x - y for x, y in zip(measured.rewards, base.rewards, strict=True)]
+    numbers["gain"], numbers["gain_se"] = mean_and_error(gains)
+    numbers["kl"], numbers["kl_se"] = mean_and_error(measured.kl or [])
+    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, measured.losses, base.losses)
+    per_gain, per_gain_se = ratio(measured.kl or [], gains)
+    numbers |= {"kl_per_gain": per_gain, "kl_per_gain_se": per_gain_se}
+    numbers |= quotient(numbers, "loss_increase", "gain", "loss_per_gain")
+    numbers["length"], numbers["length_se"] = difference(after.lengths, before.lengths)
+    ends = setting.bench.policy.eos_token_ids
+    numbers["distinct_2"] = describe(after, ends)["distinct_2"] - describe(before, ends)["distinct_2"]
+    if setting.bench.trained.model.kind is ModelKind.planted:
+        old, new = attribute_shares(before), attribute_shares(after)
+        numbers["attributes"] = {name: new[name]["share"] - old[name]["share"] for name in new}
+        rewarded = rewarded_attributes(setting.bench.trained.reward)
+        numbers["rewarded_change"] = sum(numbers["attributes"][name] for name in rewarded)
+        numbers["ratio"] = other_change(setting, before, after) / (abs(numbers["rewarded_change"]) or 1.0)
+    return numbers
+
+
+def quotient(numbers: Numbers, top: str, bottom: str, name: str) -> Numbers:
+    """One number divided by another that was measured apart from it, with its standard error."""
+    import math
+
+    a, b = numbers[top], numbers[bottom]
+    if b == 0:
+        return {name: 0.0, f"{name}_se": 0.0}
+    return {name: a / b, f"{name}_se": math.hypot(numbers[f"{top}_se"] / b, a * numbers[f"{bottom}_se"] / b**2)}
+
+
+def other_change(setting: Setting, before: "Samples", after: "Samples") -> float:
+    """Summed absolute change of the shares of words that carry attributes which are not rewarded."""
+    from saerl_cli.rl.measure import attribute_shares
+
+    rewarded = rewarded_attributes(setting.bench.trained.reward)
+    old, new = attribute_shares(before), attribute_shares(after)
+    names = [name for name in old if name not in rewarded and not name.startswith("after_")]
+    return sum(abs(new[name]["share"] - old[name]["share"]) for name in names)
+
+
+# --- other runs ------------------------------------------------------------------------------------------------------
+
+
+def peer_numbers(setting: Setting, peer: str) -> Numbers:
+    """How far a peer's coefficients, and its attributions where it has been audited, agree with the policy's."""
+    import torch
+
+    from saerl_cli.analysis.audit import VERSION, spearman, top_overlap
+
+    own, other = (deltas_of(path, run_config(path)) for path in (setting.config.policy, peer))
+    sites: Numbers = {}
+    for site, delta in own.items():
+        k = min(OVERLAP, len(delta) // 10 or 1)
+        sites[site] = {"delta": spearman(delta, other[site]), "top": k}
+        sites[site] |= {"top_overlap": top_overlap(delta, other[site], k), "top_expected": k / len(delta)}
+    numbers: Numbers = {"policy": str(Path(peer)), "seed": run_config(peer).seed, "sites": sites}
+    numbers["delta"] = spearman(*(torch.cat([values[site] for site in own]) for values in (own, other)))
+    audited = Path(peer) / "audit.json"
+    found = read_json(audited) if audited.is_file() else {}
+    if found.get("version") == VERSION:
+        theirs = torch.cat([torch.tensor(found["attributions"][site]) for site in own])
+        ours = torch.cat([torch.tensor(row) for row in by_site(setting).values()])
+        numbers |= {"attribution": spearman(ours, theirs), "attribution_top": top_overlap(ours, theirs, OVERLAP)}
+    return numbers
+
+
+def by_site(setting: Setting) -> dict[str, list[float]]:
+    """Attribution of every feature by site, to four digits; untouched features have none, which is 0."""
+    coefficients, found = setting.coefficients, {}
+    for site, size in zip(coefficients.sites, coefficients.sizes, strict=True):
+        row, here = [0.0] * size, coefficients.at(site)
+        for feature, value in zip(coefficients.feature[here].tolist(), setting.mean[here].tolist(), strict=True):
+            row[feature] = float(f"{value:.4g}")
+        found[site] = row
+    return found
