@@ -7,7 +7,7 @@ FAST := not slow and not gpu and not slurm and not browser
 CODE := saerl_cli tests experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-dist test-slurm test-gpu check format wheel clean
+.PHONY: help setup demo test test-slow test-dist test-slurm test-gpu test-browser check format wheel clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-slurm: $(READY) ## Run the tests that need a running Slurm
 
 test-gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(READY) ## Run the tests that need a headless Chromium
+	$(BIN)/python -m pytest -m browser
 
 check: $(READY) ## Lint, formatting, types
 	$(BIN)/ruff check $(CODE)

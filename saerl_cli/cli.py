@@ -152,23 +152,30 @@ def export(
 
 @app.command("report")
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories of saerl rlhf or saerl demo.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="PATH", help="Run directories of any command, or folders that hold some.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page; report.html in the first RUN when empty.")
+        Path | None, typer.Option("--out", help="The page; report.html in the first PATH when empty.")
     ] = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="First write features.json into coefficient runs without one.")
+    ] = False,
 ) -> None:
-    """Write one HTML page of a run, or comparing several."""
+    """Write one HTML page of runs: curves, frontiers, features, samples, behaviour."""
+    from saerl_cli.report.collect import describe_features
+    from saerl_cli.report.page import write_report
     from saerl_cli.run.bridge import refuse
 
-    for run in runs:
-        if not (run / "run.json").is_file():
-            refuse(f"{run} is not a run directory: it has no run.json; `saerl runs` lists those there are")
-    from saerl_cli.report.page import write_report
-
     try:
+        if describe:
+            describe_features(runs)
         typer.echo(write_report(runs, out))
     except ValueError as error:
         refuse(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        typer.echo(f"saerl: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command("runs")

@@ -139,11 +139,13 @@ def result(trained: Stage, evaluated: Stage) -> dict[str, Any]:
 
 
 def write_report(out: Path) -> Path:
-    """The page of both policies."""
+    """The page of the whole demo."""
+    from saerl_cli.report.collect import describe_features
     from saerl_cli.report.page import write_report as write
 
     say("report")
-    return write([out / name for name in POLICIES], out / "report.html")
+    describe_features([out])
+    return write([out], out / "report.html")
 
 
 def show(results: dict[str, dict[str, Any]], report: Path, seconds: float) -> None:

@@ -209,7 +209,7 @@ def test_runs_are_listed_with_status_numbers_and_resume_command(saerl):
 
 
 def test_what_is_no_run_is_refused_by_report_and_runs(saerl):
-    for words, says in ((["report", "nowhere"], "not a run directory"), (["runs", "nowhere"], "there is no folder")):
+    for words, says in ((["report", "nowhere"], "there is no folder"), (["runs", "nowhere"], "there is no folder")):
         refused = saerl(*words)
         assert refused.returncode == 2
         assert refused.stderr.startswith("saerl: ")

@@ -86,7 +86,7 @@ def test_the_demo_runs_and_resumes(saerl, empty_place):
     assert first.returncode == 0, first.stderr
     assert "RLHF against cursing, on fresh prompts" in first.stdout
     page = Path("runs/demo/report.html").read_text()
-    assert "Most moved features" in page
+    assert '"fires_on":' in page and '"behaviour":[{' in page  # feature cards, detectors
     for stage in ("train_lm", "train_sae", "sparse_coeffs", "full"):
         assert (Path("runs/demo") / stage / "summary.json").is_file()
     again = saerl("demo", "scale=small", "hydra.run.dir=runs/demo")

@@ -172,6 +172,11 @@ def test_summary_has_the_agreed_keys(finished):
     assert all(f.keys() == {"site", "feature", "delta", "label"} for f in summary["top_features"])
     sizes = [abs(feature["delta"]) for feature in summary["top_features"]]
     assert sizes == sorted(sizes, reverse=True) and any(feature["label"] for feature in summary["top_features"])
+    found = summary["behaviour"]
+    best, own = found["baselines"]["string"], found["baselines"]["policy"]
+    assert best["reward"] == 0 and best["difference"] == pytest.approx(best["reward"] - own["reward"])  # no curse words
+    assert own["objective"] == pytest.approx(own["reward"] - found["baselines"]["kl_coef"] * own["kl"])
+    assert found["beaten"] == any("a constant string gets" in warning for warning in summary["warnings"])
 
 
 def test_metrics_and_samples_begin_at_the_start(finished):
@@ -356,6 +361,7 @@ def test_evaluate_measures_on_samples_of_its_own(finished, tmp_path):
     other = evaluate(finished.path, tmp_path / "c", "seed=5")
     assert other["kl"] != first["kl"] and other["nll_heldout_after"] == first["nll_heldout_after"]
     assert len(lines(tmp_path / "a" / "samples.jsonl")) == 16
+    assert first["behaviour"]["baselines"]["prompts"] == 8 and isinstance(first["warnings"], list)
 
 
 def test_evaluate_refuses_what_is_no_finished_policy(finished, saes, tmp_path):

@@ -51,51 +51,110 @@ def styled(draw):  # noqa: ANN001, ANN201
 
 
 @styled
-def learning_curves(curves: dict[str, list[dict[str, float]]], quantities: Sequence[tuple[str, str]]) -> Figure:
-    """One panel a quantity over phases, one line a run.
+def curves_of(
+    series: Sequence[dict[str, Any]],
+    quantities: Sequence[tuple[str, str]] = (
+        ("reward", "reward"),
+        ("kl", "KL, nats per completion"),
+        ("length", "tokens per completion"),
+        ("fvu", "FVU"),
+    ),
+) -> Figure | None:
+    """One panel a quantity over steps, one line a run; a colour a run, or a method where there are many.
 
     Args:
-        curves: run name -> lines of its metrics.jsonl.
-        quantities: (key in those lines, axis label).
+        series: {run, group, steps, values: {key: [...]}} as `saerl_cli.report.content.curves` gives them.
+        quantities: (key, axis label); those that no run has are left out.
     """
+    quantities = [pair for pair in quantities if any(pair[0] in part["values"] for part in series)]
+    if not quantities:
+        return None
     figure = Figure(figsize=(4.2 * len(quantities), 2.9), layout="constrained")
-    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    panels = list(figure.subplots(1, len(quantities), squeeze=False)[0])
+    word = "run" if len(series) <= len(COLOURS) else "group"
+    colours = dict(zip(dict.fromkeys(part[word] for part in series), cycle(), strict=False))
     for panel, (key, label) in zip(panels, quantities, strict=True):
-        for colour, (name, lines) in zip(cycle(), curves.items(), strict=False):
-            points = [(line["phase"], line[key]) for line in lines if key in line]
-            panel.plot(*zip(*points, strict=True), color=colour, label=name, lw=1.6) if points else None
-        panel.set(xlabel="phase", ylabel=label)
-    panels[0].legend()
+        drawn: set[str] = set()
+        for part in series:
+            points = [(x, y) for x, y in zip(part["steps"], part["values"].get(key, ()), strict=False) if y is not None]
+            if points:
+                name = None if part[word] in drawn else part[word].lstrip("_")
+                drawn.add(part[word])
+                panel.plot(*zip(*points, strict=True), color=colours[part[word]], label=name, lw=1.4)
+        panel.set(xlabel="step", ylabel=label)
+    legend_outside(figure, panels)
     return figure
 
 
 @styled
-def reward_against_kl(points: dict[str, dict[str, float]], curves: dict[str, list[dict[str, float]]]) -> Figure:
-    """Reward over sequence KL: the path of training, faint, and the final policy with 95 % intervals.
-
-    Args:
-        points: run name -> {reward, reward_se, kl, kl_se} measured on fresh samples.
-        curves: run name -> training lines with `kl` and `reward`.
-    """
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+def panel(part: dict[str, Any]) -> Figure:
+    """Reward over sequence KL, as `saerl_cli.report.panels.frontiers` gives it."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for colour, (name, point) in zip(cycle(), points.items(), strict=False):
-        path = [(line["kl"], line["reward"]) for line in curves.get(name, []) if "kl" in line and "reward" in line]
-        if path:
-            axes.plot(*zip(*path, strict=True), color=colour, alpha=0.35, lw=1)
+    word = "run" if len(part["series"]) <= len(COLOURS) else "group"
+    colours = dict(zip(dict.fromkeys(s[word] for s in part["series"]), cycle(), strict=False))
+    means = {mean["group"] for mean in part["means"]}
+    for series in part["series"]:
+        colour, drawn = colours[series[word]], axes.get_legend_handles_labels()[1]
+        if series["path"]:
+            axes.plot(*zip(*series["path"], strict=True), color=colour, alpha=0.3, lw=1)
+        points = sorted(series["points"], key=lambda p: p["kl"])
+        label = series[word].lstrip("_")
         axes.errorbar(
-            point["kl"],
-            point["reward"],
-            xerr=1.96 * point["kl_se"],
-            yerr=1.96 * point["reward_se"],
+            [p["kl"] for p in points],
+            [p["reward"] for p in points],
+            xerr=[1.96 * p["kl_se"] for p in points],
+            yerr=[1.96 * p["reward_se"] for p in points],
+            fmt="." if series["group"] in means else "o-",
             color=colour,
-            marker="o",
-            capsize=3,
-            label=name,
-            zorder=3,
+            ms=4,
+            lw=1.2,
+            elinewidth=0.7,
+            alpha=0.45 if series["group"] in means else 1,
+            label=None if label in drawn else label,
         )
+    for mean in part["means"]:
+        colour = colours.get(mean["group"], GREY)
+        axes.plot([p["kl"] for p in mean["points"]], [p["reward"] for p in mean["points"]], color=colour, lw=1.8)
+    right = 1.08 * max((p["kl"] for s in part["series"] for p in s["points"]), default=1.0)
+    base = part["base_reward"] or 0.0
+    draw_limits(axes, {k: part.get(k) or [] for k in ("optimum", "pooled_optimum", "best_of_n")}, base, right)
     axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward")
-    axes.legend(loc="lower right")
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    for text in axes.legend(loc="lower right", fontsize=8).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+@styled
+def keep_curves(curves: dict[str, list[dict[str, Any]]]) -> Figure | None:
+    """Share of the gain that is left over the number of features kept or removed, a line a way of choosing them."""
+    if not curves:
+        return None
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, points) in zip(cycle(), curves.items(), strict=False):
+        points = [p for p in points if p["n"] is not None and p["share"] is not None]
+        errors = [1.96 * (p["share_se"] or 0) for p in points]
+        label, places = name.replace("_", " "), [p["n"] for p in points]
+        axes.errorbar(
+            places, [p["share"] for p in points], yerr=errors, fmt="o-", color=colour, ms=3, lw=1.2, label=label
+        )
+    axes.set(xlabel="features", ylabel="share of the gain")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.legend()
+    return figure
+
+
+@styled
+def proxy_against_gold(part: dict[str, Any]) -> Figure:
+    """The reward that is optimised and the one it stands for, over KL."""
+    figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for colour, key in zip(COLOURS, ("proxy", "gold"), strict=False):
+        axes.plot(part["kl"], part[key], ".-", color=colour, label=key)
+    axes.set(xlabel="KL, nats per completion", ylabel="reward")
+    axes.legend()
     return figure
 
 

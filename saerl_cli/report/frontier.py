@@ -39,6 +39,8 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     if config.snapshots or limits:
         write_frontier(run.path, "frontier", {numbers["adapter"]: [points]}, {}, numbers)
         print(aligned(table(points), words=0), flush=True)
+    for warning in numbers["warnings"]:
+        say(f"WARNING: {warning}")
     run.summary(numbers | {"seconds": round(time.monotonic() - start, 1)})
     return numbers["reward_after"]
 

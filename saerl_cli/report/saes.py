@@ -290,6 +290,5 @@ def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
 
 
 def style() -> str:
-    """The style sheet of every page, from the page of RLHF runs."""
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return page.split("<style>")[1].split("</style>")[0]
+    """The style sheet of pages without scripts: SAEs, features."""
+    return (Path(__file__).parent / "web" / "plain.css").read_text(encoding="utf-8")

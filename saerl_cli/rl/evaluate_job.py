@@ -14,7 +14,7 @@ from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.base import Base, base_of, check_base, measured_by
-from saerl_cli.rl.runs import policy_folder, run_config, snapshot_files
+from saerl_cli.rl.runs import kl_coef, policy_folder, run_config, snapshot_files
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
 from saerl_cli.run.preflight import flat
@@ -66,6 +66,8 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
     {changed, nonzero, delta_max, delta_norm}. All of them answer the same prompts with the same random numbers; gains
     are means of differences from the reference on the same prompt, whose mean reward is `reward_base`.
     """
+    from saerl_cli.rl.baselines import behaviour
+    from saerl_cli.rl.behaviour import warnings_of
     from saerl_cli.rl.measure import measure
     from saerl_cli.rl.summary import curse_words
 
@@ -77,6 +79,8 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
     how = bench.sampling(POLICY)
     numbers, before, after = measure(bench.policy, bench.reward, bench.prompts, bench.rows, how, attributes=planted)
     show(run, after)
+    coef = kl_coef(config.policy)
+    numbers["behaviour"] = behaviour(bench.policy, bench.reward, before, after, how, coef)
     last = read_jsonl(Path(config.policy) / "metrics.jsonl")[-1]["step"]
     baseline = baseline_rewards(base, before)
     final = point(last, bench.policy, baseline, after, numbers["nll_heldout_after"])
@@ -86,6 +90,7 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
         "seed": config.seed,
         **numbers,
         **curse_words(numbers),
+        "warnings": warnings_of(numbers),
         "trainable_parameters": policy_parameters(config.policy),
         "reward_base": sum(baseline) / len(baseline),
         "frontier": [*(earlier(bench, baseline) if config.snapshots else []), final],

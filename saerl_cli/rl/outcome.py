@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.algo import AlgoKind
+from saerl_cli.rl import behaviour
 from saerl_cli.run.files import read_jsonl
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def warnings_of(parts: "Parts", numbers: dict[str, Any]) -> list[str]:
         found += [insertion_warning(numbers), movement_warning(parts, numbers)]
     if numbers.get("kl_target_met") is False:
         found.append(target_warning(numbers, rows))
-    return [warning for warning in found if warning]
+    return [*behaviour.warnings_of(numbers), *(warning for warning in found if warning)]
 
 
 def unreachable(target: float, scores: list[float]) -> str:

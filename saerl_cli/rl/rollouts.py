@@ -12,6 +12,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from saerl_cli.rl import ppo_math
+from saerl_cli.rl.behaviour import tail
 from saerl_cli.rl.exact import derived_seed, sample_what_is_scored
 from saerl_cli.rl.head import HELD
 from saerl_cli.rl.kl_control import next_coefficient
@@ -180,6 +181,7 @@ class RolloutTrainer(OnceTrainer, Base):
         self.rollout_statistics = {
             "reward": total.mean().item(),
             "reward_std": total.std().item(),
+            **tail_metrics(total.tolist()),
             **self.normaliser.metrics,
             **{f"reward/{name}": value for name, value in parts},
             "kl": kl,
@@ -280,6 +282,13 @@ class RolloutTrainer(OnceTrainer, Base):
         super().load_adaptive_state(state)
         self.normaliser.load(state["normaliser"])
         self.kl_coef, self.kl_before = state["kl_coef"], state["kl_before"]
+
+
+def tail_metrics(rewards: list[float]) -> dict[str, float]:
+    """How heavy the upper tail of a phase's rewards is, as far as that can be told."""
+    found = tail(rewards)
+    names = {"reward_kurtosis": "kurtosis", "reward_hill": "hill", "reward_top_share": "top_share"}
+    return {name: value for name, key in names.items() if (value := found[key]) is not None}
 
 
 def whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

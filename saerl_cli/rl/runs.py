@@ -10,6 +10,7 @@ from saerl_cli.config import typed
 from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.run.directory import Run
+from saerl_cli.run.files import read_jsonl
 
 
 def run_config(run_path: Path | str) -> RlhfConfig:
@@ -47,3 +48,9 @@ def snapshot_files(run_path: Path | str) -> list[tuple[int, Path]]:
     """Step and file of every policy kept along the way of a run, in order."""
     files = (Path(run_path) / "policies").glob("step-*.safetensors")
     return sorted((int(match[1]), file) for file in files if (match := re.fullmatch(r"step-(\d+)", file.stem)))
+
+
+def kl_coef(run_path: Path | str) -> float | None:
+    """The weight of the KL at the end of a run; None for algorithms without one."""
+    lines = read_jsonl(Path(run_path) / "metrics.jsonl")
+    return lines[-1].get("kl_coef") if lines else None

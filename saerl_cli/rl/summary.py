@@ -10,11 +10,13 @@ from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.adapter import deltas
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
+from saerl_cli.rl.baselines import behaviour
 from saerl_cli.rl.build import Parts
 from saerl_cli.rl.exact import ExactTrainer
 from saerl_cli.rl.measure import cycled, measure
 from saerl_cli.rl.outcome import task_numbers, warnings_of
 from saerl_cli.rl.policy import Policy
+from saerl_cli.rl.runs import kl_coef
 from saerl_cli.rl.value import is_value_parameter
 from saerl_cli.sae.describe import top_tokens
 from saerl_cli.sae.files import load_sae
@@ -31,14 +33,16 @@ def summarise(parts: Parts, trainer: ExactTrainer, policy: Policy) -> dict[str, 
     """The numbers of summary.json."""
     config = parts.config
     policy.model.eval()
-    numbers, _, _ = measure(
+    how = parts.sampling("summary")
+    numbers, before, after = measure(
         policy,
         parts.reward,
         cycled(parts.heldout_prompts, config.evaluation.samples),
         parts.heldout_rows,
-        parts.sampling("summary"),
+        how,
         attributes=config.model.kind is ModelKind.planted,
     )
+    numbers["behaviour"] = behaviour(policy, parts.reward, before, after, how, kl_coef(parts.run.path))
     sizes = {name: p.numel() for name, p in trainer.trainable()}
     value = sum(size for name, size in sizes.items() if is_value_parameter(name))
     algo = config.algo
