@@ -134,6 +134,14 @@ def test_settings_that_differ_make_methods(tmp_path):
     assert [run.group for run in collect(runs)] == ["full lr=0.1", "full lr=0.3"]
 
 
+def test_rewards_of_other_parts_are_told_apart_by_their_names(tmp_path):
+    runs = [write_run(tmp_path / name, "full") for name in ("a", "b")]
+    for run, part, weight in zip(runs, ("cursing", "cheer"), (-1.0, 2.0), strict=True):
+        text = f"reward:\n  parts:\n    {part}: {{kind: lexicon, weight: {weight}}}\n"
+        (run / ".hydra" / "config.yaml").write_text("seed: 0\nadapter:\n  kind: full\n" + text)
+    assert [run.group for run in collect(runs)] == ["full reward=cursing", "full reward=cheer"]
+
+
 def test_a_folder_stands_for_the_runs_in_it_and_a_run_for_its_policy(tmp_path):
     place = write_everything(tmp_path / "all")
     assert len(collect([place])) == 7

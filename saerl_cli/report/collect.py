@@ -268,12 +268,27 @@ def owner(run: Found, policies: Sequence[Found]) -> Found | None:
 
 
 def group(runs: Sequence[Found]) -> None:
-    """Name the method of every run: its adapter, and the settings in which runs of that adapter differ."""
+    """Name the method of every run: its adapter, and the settings in which runs of that adapter differ.
+
+    Rewards of other parts differ in everything: those are told apart by the names of their parts alone.
+    """
     own = [{k: short(v) for k, v in run.settings.items() if names_methods(k, v)} for run in runs]
+    rewards = [reward_name(settings) for settings in own]
+    if len({name for name in rewards if name}) > 1:
+        own = [
+            {k: v for k, v in settings.items() if not k.startswith("reward.")} | ({"reward": name} if name else {})
+            for settings, name in zip(own, rewards, strict=True)
+        ]
     for run, settings in zip(runs, own, strict=True):
         alike = [other for other, peer in zip(own, runs, strict=True) if other and adapter_of(peer) == adapter_of(run)]
         keys = differing(alike) if settings else []
         run.group = " ".join([adapter_of(run) or run.job, *named(settings, keys)])
+
+
+def reward_name(settings: dict[str, Any]) -> str:
+    """The names of a reward's parts; empty where there are none."""
+    start = "reward.parts."
+    return "+".join(dict.fromkeys(key.removeprefix(start).split(".")[0] for key in settings if key.startswith(start)))
 
 
 def names_methods(key: str, value: Any) -> bool:
