@@ -282,8 +282,11 @@ function featureCard(part, i, name) {
     ["effect", typeof f.effect === "number" ? format(f.effect) : ""]].filter(([, v]) => v && v.length);
   const list = el("dl");
   for (const [key, v] of rows) list.append(el("dt", {}, key), el("dd", {}, Array.isArray(v) ? v.join(" · ") : String(v)));
-  const contexts = (f.contexts || []).map((context) => el("p", { class: "context text" }, ...context.flatMap(([token, v]) => [
-    el("span", v > 0 ? { style: `background:rgba(var(--fire),${Math.min(0.55, (v / peak) * 0.55).toFixed(2)})`, title: format(v) } : {}, token), " "])));
+  const contexts = (f.contexts || []).map((context) => {
+    const gap = context.some(([token]) => /^\s/.test(token)) ? "" : " ";  // between tokens that bring no space of their own
+    return el("p", { class: "context text" }, ...context.flatMap(([token, v], at) => [at ? token.match(/^\s*/)[0] || gap : "",
+      el("span", v > 0 ? { style: `background:rgba(var(--fire),${Math.min(0.55, (v / peak) * 0.55).toFixed(2)})`, title: format(v) } : {}, token.trimStart())]));
+  });
   const heading = el("h3", {}, name, el("span", { class: c >= 1 ? "up" : "down" }, `c = ${c.toFixed(2)}`));
   return el("article", { class: "card", tabindex: -1, "aria-label": name }, heading, list, ...contexts);
 }
