@@ -10,7 +10,16 @@ import pytest
 import test_rl_job
 from test_rl_job import do, settings
 
-from saerl_cli.analysis.compare import Method, common_kls, load_evaluations, mean_curve, methods_of, rounded_down, row
+from saerl_cli.analysis.compare import (
+    Method,
+    common_kls,
+    costs,
+    load_evaluations,
+    mean_curve,
+    methods_of,
+    rounded_down,
+    row,
+)
 from saerl_cli.analysis.frontier import kl_optimum
 from saerl_cli.config.compare import CompareConfig
 from saerl_cli.report import compare
@@ -178,7 +187,7 @@ def test_the_command_writes_table_figure_and_numbers(saerl, runs):
     (runs / "full-0" / "base.jsonl").write_text("".join(lines))
     done = saerl("compare", f"runs={runs}/*", "kls=[0.5,1.5]", "labels={full: all weights}", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
-    heading = "method seeds trainable nonzero KL, nats gain minus baseline of baseline of optimum"
+    heading = "method seeds trainable nonzero KL, nats gain minus baseline p of baseline of optimum"
     assert " ".join(done.stdout.splitlines()[0].split()) == heading
     assert "not reached (1 of 2)" in done.stdout
     summary = Run(Path("out")).read_summary()
@@ -195,8 +204,28 @@ def test_the_command_writes_table_figure_and_numbers(saerl, runs):
         assert [float(line["kl"]) for line in csv.DictReader(file)] == [0.5, 0.5, 1.5, 1.5]
     drawn = Path("out", "figure.csv").read_text()
     assert "optimum" in drawn and "sparse_coeffs (mean)" in drawn and Path("out", "figure.png").stat().st_size > 0
+    with Path("out", "sparsity.csv").open() as file:
+        assert {(line["method"], float(line["nonzero"])) for line in csv.DictReader(file)} == {
+            ("sparse_coeffs", 10),
+            ("sparse_coeffs", 11),
+            ("sparse_coeffs", 12),
+        }
     refused = saerl("compare", f"runs={runs}/nothing")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+
+
+def test_what_training_cost_comes_from_its_own_run(tmp_path):
+    for seed, seconds in ((0, 10.0), (1, 30.0)):
+        path = evaluation(tmp_path / f"e{seed}", "full", seed, 1.0)
+        trained = tmp_path / f"t{seed}"
+        trained.mkdir()
+        (trained / "summary.json").write_text(json.dumps({"seconds": seconds, "peak_memory_bytes": 2**30}))
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | {"policy": str(trained)}))
+    (method,) = methods(tmp_path)
+    assert costs(method) == {"seconds": 20.0, "peak_memory_bytes": 2**30}
+    (tmp_path / "t1" / "summary.json").unlink()
+    assert costs(method) == {"seconds": None, "peak_memory_bytes": None}, "half of the seeds are no mean of all"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from saerl_cli.analysis.frontier import (
     efficiency,
     hull,
     kl_optimum,
+    paired_interval,
     pooled_optimum,
     ratio_interval,
     t_interval,
@@ -196,11 +197,15 @@ def test_intervals_over_seeds():
 
 
 def test_differences_have_the_interval_of_welch():
-    from scipy.stats import ttest_ind
+    from scipy.stats import ttest_ind, ttest_rel
 
     values, others = [1.0, 2.5, 3.0, 2.0], [0.1, 0.4, 0.2]
     found = difference_interval(values, others)
     want = ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
     assert found.half is not None
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((want.low, want.high))
+    assert found.p == pytest.approx(ttest_ind(values, others, equal_var=False).pvalue)
+    paired, want = paired_interval(values[:3], others), ttest_rel(values[:3], others)
+    assert paired.p == pytest.approx(want.pvalue)
+    assert paired.half == pytest.approx(np.ptp(want.confidence_interval(0.95)) / 2)
     assert difference_interval([1.0], [2.0, 3.0]).half is None and difference_interval([1.0] * 3, [2.0] * 3).half == 0

@@ -18,12 +18,14 @@ from saerl_cli.analysis.frontier import (
     at_kl,
     difference_interval,
     efficiency,
+    paired_interval,
     ratio_interval,
     t_interval,
 )
 from saerl_cli.config.compare import CompareConfig
 from saerl_cli.rl.base import difference
 from saerl_cli.run.directory import Run
+from saerl_cli.run.files import read_json
 
 KIND = "adapter.kind"
 IGNORED = ("seed", "launch.", "evaluation.", "checkpoint_every", "snapshots")
@@ -238,10 +240,10 @@ def row(method: Method, kl: float, baseline: Method | None, limits: Mapping[str,
         limits: of each group of runs, where known.
 
     Returns:
-        method, runs, kl, reached (runs that get there), gain, difference (gain minus the baseline's), share (of the
-        baseline's gain), efficiency (against the KL-optimal policy), each with `_half`, half its 95 % interval:
-        Student's t over seeds; of a single run, for gain and efficiency, from its samples alone. What is not reached or
-        not to be had is None.
+        method, runs, kl, reached (runs that get there), gain, difference (gain minus the baseline's, also with `_p`,
+        two-sided, not corrected for the number of comparisons), share (of the baseline's gain), efficiency (against
+        the KL-optimal policy), each with `_half`, half its 95 % interval: Student's t over seeds; of a single run, for
+        gain and efficiency, from its samples alone. What is not reached or not to be had is None.
     """
     reached = sum(run.reach >= kl for run in method.runs)
     numbers: dict[str, Any] = {"method": method.name, "kl": kl, "runs": len(method.runs), "reached": reached}
@@ -249,7 +251,8 @@ def row(method: Method, kl: float, baseline: Method | None, limits: Mapping[str,
     theirs = gains(baseline, kl) if baseline else None
     both = ([e.value for e in own], [e.value for e in theirs]) if own and theirs and method is not baseline else None
     numbers |= interval("gain", over_seeds(own))
-    numbers |= interval("difference", difference_of(method, baseline, *both) if both and baseline else None)
+    difference = difference_of(method, baseline, *both) if both and baseline else None
+    numbers |= interval("difference", difference) | {"difference_p": difference and difference.p}
     numbers |= interval("share", ratio_interval(*both) if both else None)
     groups = [(e, limits.get(run.group)) for e, run in zip(own or [], method.runs, strict=bool(own))]
     shares = [limit and efficiency(e.value, e.se, kl, 0.0, limit) for e, limit in groups]
@@ -263,7 +266,26 @@ def difference_of(method: Method, baseline: Method, own: Sequence[float], theirs
     if len({group for _, group in units}) == 1 or set(units) != set(others):
         return difference_interval(own, theirs)
     known = dict(zip(others, theirs, strict=True))
-    return t_interval([value - known[unit] for unit, value in zip(units, own, strict=True)])
+    return paired_interval(own, [known[unit] for unit in units])
+
+
+COSTS = ("seconds", "peak_memory_bytes")
+"""What training took, as a run of `saerl rlhf` ends with it."""
+
+
+def costs(method: Method) -> dict[str, float | None]:
+    """Mean seconds and peak memory of a method's training runs; None where they have gone since."""
+    found = []
+    for run in method.runs:
+        file = Path(str(run.summary.get("policy", ""))) / "summary.json"
+        found.append(read_json(file) if file.is_file() else {})
+    return {key: mean_of([numbers.get(key) for numbers in found]) for key in COSTS}
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean; None unless all of them are known."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def over_seeds(estimates: Sequence[Estimate] | None) -> Interval | None:

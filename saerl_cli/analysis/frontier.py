@@ -265,6 +265,8 @@ class Interval:
 
     mean: float
     half: float | None
+    p: float | None = None
+    """Of a difference: two-sided, by the same t distribution."""
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -283,11 +285,20 @@ def difference_interval(values: Sequence[float], others: Sequence[float]) -> Int
         return Interval(above.mean - below.mean, None)
     sizes = (len(values), len(others))
     squares = [(half / t_quantile(n - 1)) ** 2 for half, n in zip((above.half, below.half), sizes, strict=True)]
-    total = math.fsum(squares)
+    total, difference = math.fsum(squares), above.mean - below.mean
     if total == 0:
-        return Interval(above.mean - below.mean, 0.0)
+        return Interval(difference, 0.0, float(difference == 0))
     freedom = total**2 / math.fsum(s**2 / (n - 1) for s, n in zip(squares, sizes, strict=True))
-    return Interval(above.mean - below.mean, t_quantile(freedom) * math.sqrt(total))
+    return Interval(difference, t_quantile(freedom) * math.sqrt(total), p_value(difference, math.sqrt(total), freedom))
+
+
+def paired_interval(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """Mean difference of pairs; no interval of a single pair."""
+    found = t_interval([value - other for value, other in zip(values, others, strict=True)])
+    if found.half is None:
+        return found
+    freedom = len(values) - 1
+    return Interval(found.mean, found.half, p_value(found.mean, found.half / t_quantile(freedom), freedom))
 
 
 def ratio_interval(values: Sequence[float], others: Sequence[float]) -> Interval | None:
@@ -305,6 +316,15 @@ def ratio_interval(values: Sequence[float], others: Sequence[float]) -> Interval
     other = below.half / t_quantile(len(others) - 1)
     relative = math.hypot(error, ratio * other) / below.mean
     return Interval(ratio, t_quantile(min(len(values), len(others)) - 1) * relative)
+
+
+def p_value(difference: float, error: float, freedom: float) -> float:
+    """Two-sided p of a difference with a standard error, by Student's t."""
+    from scipy.special import stdtr
+
+    if error == 0:
+        return float(difference == 0)
+    return 2 * float(stdtr(freedom, -abs(difference) / error))
 
 
 def t_quantile(freedom: float) -> float:

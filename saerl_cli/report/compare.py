@@ -1,11 +1,14 @@
 """`saerl compare`: methods at equal KL, from runs of `saerl evaluate`.
 
-summary.json    methods {name: {runs, trainable_parameters, nonzero, ...}}, table, and the limits
+summary.json    methods {name: {runs, trainable_parameters, nonzero, seconds, ...}}, table, and the limits
 table.csv       a line a method and KL
+costs.csv       a line a method: numbers trained, seconds, peak memory, where its training ended
 figure.csv      what figure.svg and figure.png show
+sparsity.csv    what sparsity.svg and sparsity.png show, where there are coefficients
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from saerl_cli.analysis.compare import (
@@ -13,6 +16,7 @@ from saerl_cli.analysis.compare import (
     Method,
     baseline_of,
     common_kls,
+    costs,
     load_evaluations,
     mean_curve,
     methods_of,
@@ -36,10 +40,21 @@ COLUMNS = (
     ("KL, nats", "kl", "{:g}"),
     ("gain", "gain", "{:.3f}"),
     ("minus baseline", "difference", "{:+.3f}"),
+    ("p", "difference_p", "{:.2g}"),
     ("of baseline", "share", "{:.0%}"),
     ("of optimum", "efficiency", "{:.0%}"),
 )
 """Heading, key, format."""
+COSTS = (
+    ("method", "method", "{}"),
+    ("trainable", "trainable_parameters", "{:,}"),
+    ("nonzero", "nonzero", "{:,.0f}"),
+    ("seconds", "seconds", "{:.0f}"),
+    ("peak memory, MiB", "peak_memory_mib", "{:,.0f}"),
+    ("final gain", "gain", "{:.3f}"),
+    ("final KL, nats", "kl", "{:.3f}"),
+)
+"""The same, of what methods cost and where they ended."""
 
 
 def check(config: CompareConfig) -> None:
@@ -78,9 +93,32 @@ def work(config: CompareConfig, run: Run) -> None:
     means = {method.name: mean for method in methods if (mean := mean_curve(method))}
     write_frontier(run.path, "figure", paths, means, numbers)
     figures.write_csv(run.path / "table.csv", rows)
+    cost_rows = [{"method": name, **{key: fact.get(key) for _, key, _ in COSTS[1:]}} for name, fact in facts.items()]
+    figures.write_csv(run.path / "costs.csv", cost_rows)
+    write_sparsity(run.path, methods)
     run.update(inputs={"runs": [str(evaluation.path) for evaluation in evaluations]})
     run.summary(numbers)
     show(rows, methods, bool(limits))
+    halves = {name: {key: fact[key] for key in ("gain_half", "kl_half")} for name, fact in facts.items()}
+    print_table(COSTS, [line | halves[line["method"]] for line in cost_rows])
+
+
+def write_sparsity(folder: Path, methods: Sequence[Method]) -> None:
+    """Gain against the number of coefficients that are not exactly untouched, of every policy that has any."""
+    points = [
+        {"method": method.name, "seed": run.settings.get("seed"), **{key: p[key] for key in SPARSITY}}
+        for method in methods
+        for run in method.runs
+        for p in run.summary["frontier"]
+        if p.get("nonzero")
+    ]
+    if points:
+        figures.save(figures.sparsity(points), folder / "sparsity")
+        figures.write_csv(folder / "sparsity.csv", points)
+
+
+SPARSITY = ("step", "nonzero", "gain", "gain_se", "kl_exact", "kl_exact_se")
+"""What is written of a policy beside the sparsity figure."""
 
 
 def reach_of(evaluations: Sequence[Evaluation]) -> float:
@@ -127,16 +165,20 @@ def facts_of(method: Method) -> dict[str, Any]:
         "gain_half": gain.half,
         "kl": kl.mean,
         "kl_half": kl.half,
+        **{key: value for key, value in costs(method).items() if key == "seconds"},
+        "peak_memory_mib": mebibytes(costs(method)["peak_memory_bytes"]),
     }
+
+
+def mebibytes(size: float | None) -> float | None:
+    """Bytes as MiB."""
+    return None if size is None else size / 2**20
 
 
 def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: bool) -> None:
     """Print the table and how to read it."""
-    columns = [column for column in COLUMNS if any(entry[column[1]] is not None for entry in rows)]
-    lines = [[heading for heading, _, _ in columns]]
-    lines += [[cell(entry, key, form) for _, key, form in columns] for entry in rows]
-    print(aligned(lines, words=1), flush=True)
-    say("± half a 95 % interval: over seeds (Student's t), of a single run over its samples")
+    print_table(COLUMNS, rows)
+    say("± half a 95 % interval: over seeds (Student's t), of a single run over its samples; p is not corrected")
     if not limits:
         say("no base samples: evaluate one of the runs with base_samples=64 for the KL-optimal policy")
     alone = [method.name for method in methods if len(method.runs) == 1]
@@ -144,9 +186,17 @@ def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: bool
         say(f"WARNING: one seed of {', '.join(alone)} says nothing about other seeds")
 
 
+def print_table(wanted: Sequence[tuple[str, str, str]], rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as aligned text, without columns that none of them has."""
+    columns = [column for column in wanted if any(entry[column[1]] is not None for entry in rows)]
+    lines = [[heading for heading, _, _ in columns]]
+    lines += [[cell(entry, key, form) for _, key, form in columns] for entry in rows]
+    print(aligned(lines, words=1), flush=True)
+
+
 def cell(entry: dict[str, Any], key: str, form: str) -> str:
     """A number with half its interval; a dash for what is not to be had."""
-    if key == "gain" and entry["gain"] is None:
+    if key == "gain" and entry["gain"] is None and "reached" in entry:
         return f"not reached ({entry['reached']} of {entry['runs']})"
     if entry[key] is None:
         return "–"
