@@ -79,8 +79,18 @@ def test_a_ratio_of_means_and_its_error():
     assert ratio([2.0, 4.0], [2.0, 4.0]) == (1.0, 0.0) and ratio([0.0], [0.0]) == (0.0, 0.0)
 
 
+def test_the_luck_of_the_references_draw_is_charged_to_nobody():
+    """r = m + luck with a lucky draw (mean 0.5): what does not share it gains x - m."""
+    luck = [1.5, -0.5, 1.5, -0.5]
+    reference = [1.0 + e for e in luck]
+    gain = Gain(reference, [2.0, 2.0, 2.0, 2.0], [1.0] * 4)
+    assert gain.full == pytest.approx([1.0] * 4), "a policy that nothing sways: b = 0"
+    assert gain.over(reference) == pytest.approx([0.0] * 4), "the reference itself: b = 1"
+    assert gain.over([1.25 + 0.5 * e for e in luck]) == pytest.approx([0.25] * 4), "half of its luck: b = 1/2"
+
+
 def test_errors_of_controls_count_draws_too():
-    gain = Gain([0.0, 0.0], [1.0, 1.0])
+    gain = Gain([0.0, 0.0], [1.0, 1.0], [0.0, 0.0])
     point = averaged(gain, [[0.2, 0.2], [0.4, 0.4]])
     assert point["share"] == pytest.approx(0.3) and point["share_se"] == pytest.approx(0.1), "no spread over prompts"
     assert point["spread"] == pytest.approx(math.sqrt(0.02))
@@ -186,7 +196,8 @@ def variants(causes) -> Variants:
 
 def gain_of(variants: Variants) -> Gain:
     one = torch.ones(len(variants.coefficients))
-    return Gain(variants.rewards(0 * one), variants.rewards(one))
+    draws = [variants.rewards(0 * one), *(variants.redrawn(0 * one, 100 + i) for i in range(2))]
+    return Gain(draws[0], variants.rewards(one), [sum(rewards) / 3 for rewards in zip(*draws, strict=True)])
 
 
 def test_the_audit_names_the_causes(causes, attributed):

@@ -8,7 +8,8 @@ RUN/audit.json (`saerl audit`) holds, with `X_se` the standard error of X:
     version         1
     policy, adapter, splice, seed, prompts          what was audited, with so many prompts
     features        {total, moved}                  coefficients, and those not exactly untouched
-    gain            {reward_reference, reward, gain, gain_se, kl, kl_se, loss_reference, loss, loss_increase, …_se}
+    gain            {reward_reference (over several draws), reward, gain (`Gain.over`), kl, loss_reference, loss,
+                    loss_increase, …_se}
     completeness    {attributed, attributed_se, difference, difference_se}   sum of all attributions, and minus the gain
     reverts         a list, {site, feature, delta, attribution, attribution_se, share, effect, reward, kl, loss: change
                     when the feature is reverted, with _se; fires_on, attribute, f1, kind}
@@ -54,6 +55,9 @@ from saerl_cli.rl.prompts import Prompt
 from saerl_cli.run.files import append_jsonl, read_jsonl
 
 VERSION = 1
+REFERENCE_DRAWS = 4
+"""Completions of the reference a prompt beside the one that shares the random numbers of all variants: every share of
+the gain is against it, so that its luck would be that of the whole audit."""
 SHARES = (0.5, 0.9, 0.99)
 """Shares of the gain whose number of features is asked for."""
 
@@ -100,6 +104,10 @@ class Variants:
         """Reward, KL and held-out loss of the policy with coefficients times `scale`, [F]."""
         return self._once(scale, "all", self._all)
 
+    def redrawn(self, scale: Tensor, seed: int) -> list[float]:
+        """As `rewards`, with other random numbers."""
+        return self._once(scale, f"reward with seed {seed}", lambda: self._rewards(seed)).rewards
+
     def _once(self, scale: Tensor, what: str, measure: Callable[[], Measured]) -> Measured:
         key = hashlib.sha256(what.encode() + scale.float().numpy().tobytes()).hexdigest()[:16]
         if key not in self.known:
@@ -109,11 +117,11 @@ class Variants:
                 append_jsonl(self.file, {"variant": key, **asdict(self.known[key])})
         return self.known[key]
 
-    def _rewards(self) -> Measured:
+    def _rewards(self, seed: int | None = None) -> Measured:
         policy, how = self.policy, self.how
         ids = generate(
             policy.model, self.prompts, policy.tokenizer, policy.eos_token_ids, how.max_new_tokens, how.temperature,
-            how.batch_size, how.seed,
+            how.batch_size, how.seed if seed is None else seed,
         )  # fmt: skip
         texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [p.text for p in self.prompts]
@@ -183,16 +191,34 @@ class Gain:
     """The gain of the policy over its reference, prompt by prompt, of which variants keep a share."""
 
     reference: list[float]
+    """Rewards of the reference with the random numbers of all variants."""
     policy: list[float]
+    expected: list[float]
+    """Mean reward of the reference on each prompt, over several draws, that one included."""
 
     @property
     def full(self) -> list[float]:
         """Prompt by prompt."""
-        return [p - r for p, r in zip(self.policy, self.reference, strict=True)]
+        return self.over(self.policy)
+
+    def over(self, rewards: Sequence[float]) -> list[float]:
+        """Prompt by prompt, the gain of a variant over the reference: x - m - b (r - m).
+
+        The luck of the reference's own draw, r - m with mean 0, is a control variate with b = Cov(x, r - m) /
+        Var(r - m): a variant near the reference shares that luck (b = 1), one far from it does not (b = 0). Plain
+        differences x - r would charge every variant with the luck of one and the same draw.
+        """
+        luck = [r - m for r, m in zip(self.reference, self.expected, strict=True)]
+        n = len(luck)
+        centre, middle = math.fsum(luck) / n, math.fsum(rewards) / n
+        spread = math.fsum((e - centre) ** 2 for e in luck)
+        together = math.fsum((e - centre) * (x - middle) for e, x in zip(luck, rewards, strict=True))
+        b = together / spread if spread else 0.0
+        return [x - m - b * e for x, m, e in zip(rewards, self.expected, luck, strict=True)]
 
     def kept(self, rewards: Sequence[float]) -> dict[str, float]:
         """Gain of a variant over the reference, and as a share of the policy's."""
-        own = [x - r for x, r in zip(rewards, self.reference, strict=True)]
+        own = self.over(rewards)
         gain, gain_se = mean_and_error(own)
         share, share_se = ratio(own, self.full)
         return {"gain": gain, "gain_se": gain_se, "share": share, "share_se": share_se}

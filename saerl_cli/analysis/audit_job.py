@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from saerl_cli.rl.evaluate_job import Bench
     from saerl_cli.rl.measure import Samples
 
-RANKING, GRADING, NULL = 21, 22, 23
+RANKING, GRADING, NULL, REFERENCE = 21, 22, 23, 24
 """What completions are drawn for: each has random numbers of its own."""
 OVERLAP = 100
 """Features a site whose overlap between runs is counted, at most."""
@@ -100,7 +100,7 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
     numbers |= reverted(setting, gain)
     say("keeping only the first features, and controls")
     numbers |= kept(setting, gain)
-    numbers["side_effects"] = side_effects(setting, numbers["needed"]["90"])
+    numbers["side_effects"] = side_effects(setting, gain, numbers["needed"]["90"])
     numbers["peers"] = [peer_numbers(setting, peer) for peer in config.peers]
     numbers["attributions"] = by_site(setting)
     return numbers
@@ -129,19 +129,24 @@ def gained(setting: Setting) -> "tuple[Gain, Numbers]":
     """The policy against its reference on the prompts that grade."""
     import torch
 
-    from saerl_cli.analysis.audit import Gain, difference
+    from saerl_cli.analysis.audit import REFERENCE_DRAWS, Gain
+    from saerl_cli.rl.exact import derived_seed
     from saerl_cli.rl.measure import mean_and_error
 
     one = torch.ones(len(setting.coefficients))
     before, after = setting.variants.measured(0 * one), setting.variants.measured(one)
+    seed = setting.bench.sampling(REFERENCE).seed
+    again = [setting.variants.redrawn(0 * one, derived_seed(seed, i)) for i in range(REFERENCE_DRAWS)]
+    expected = [sum(draws) / len(draws) for draws in zip(before.rewards, *again, strict=True)]
+    gain = Gain(before.rewards, after.rewards, expected)
     numbers: Numbers = {}
-    for name, values in (("reward_reference", before.rewards), ("reward", after.rewards), ("kl", after.kl or [])):
+    columns = {"reward_reference": expected, "reward": after.rewards, "kl": after.kl or [], "gain": gain.full}
+    for name, values in columns.items():
         numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
-    numbers["gain"], numbers["gain_se"] = difference(after.rewards, before.rewards)
     words = words_of(setting)
     numbers["loss_reference"], numbers["loss"] = (sum(m.losses or []) / sum(words) for m in (before, after))
     numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, after.losses, before.losses)
-    return Gain(before.rewards, after.rewards), numbers
+    return gain, numbers
 
 
 def words_of(setting: Setting) -> list[float]:
@@ -330,7 +335,7 @@ def kept(setting: Setting, gain: "Gain") -> Numbers:
 # --- side effects ----------------------------------------------------------------------------------------------------
 
 
-def side_effects(setting: Setting, needed_90: Numbers | None) -> Numbers:
+def side_effects(setting: Setting, gain: "Gain", needed_90: Numbers | None) -> Numbers:
     """What else changed, for the policy and for the fewest features that carry 90 % of its gain."""
     import torch
 
@@ -342,7 +347,7 @@ def side_effects(setting: Setting, needed_90: Numbers | None) -> Numbers:
     chosen = {"full": torch.ones(total)}
     if needed_90:
         chosen["needed_90"] = only(setting.order, needed_90["n"], total)
-    found = {name: spent(setting, scale, before, written(setting, scale)) for name, scale in chosen.items()}
+    found = {name: spent(setting, gain, scale, before, written(setting, scale)) for name, scale in chosen.items()}
     if setting.bench.trained.model.kind is ModelKind.planted:  # the ratio that sampling alone would show
         for entry in found.values():
             entry["ratio_by_chance"] = other_change(setting, before, again) / (abs(entry["rewarded_change"]) or 1.0)
@@ -363,7 +368,7 @@ def written(setting: Setting, scale: "Tensor", purpose: int = GRADING) -> "Sampl
     return Samples(list(variants.prompts), ids, policy.tokenizer.batch_decode(ids, skip_special_tokens=True), {})
 
 
-def spent(setting: Setting, scale: "Tensor", before: "Samples", after: "Samples") -> Numbers:
+def spent(setting: Setting, gain: "Gain", scale: "Tensor", before: "Samples", after: "Samples") -> Numbers:
     """KL, held-out loss, attributes, length and variety that a variant's gain was bought with."""
     import torch
 
@@ -373,7 +378,7 @@ def spent(setting: Setting, scale: "Tensor", before: "Samples", after: "Samples"
     variants = setting.variants
     measured, base = variants.measured(scale), variants.measured(torch.zeros_like(scale))
     numbers: Numbers = {}
-    gains = [x - y for x, y in zip(measured.rewards, base.rewards, strict=True)]
+    gains = gain.over(measured.rewards)
     numbers["gain"], numbers["gain_se"] = mean_and_error(gains)
     numbers["kl"], numbers["kl_se"] = mean_and_error(measured.kl or [])
     numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, measured.losses, base.losses)
