@@ -132,6 +132,9 @@ def export(
     ],
     out: Annotated[Path | None, typer.Option("--out", help="Folder to make; beside PATH when empty.")] = None,
     site: Annotated[str | None, typer.Option("--site", help="Only the SAEs of this site, as mlp_out.3.")] = None,
+    first: Annotated[
+        int | None, typer.Option("--first", help="Of a policy, only the features that its audit ranks first.")
+    ] = None,
 ) -> None:
     """Write SAEs in the format of another library, or a policy as a small adapter or a model."""
     from saerl_cli.rl.export import FORMS, export_policy
@@ -140,8 +143,10 @@ def export(
 
     if to in FORMS and site is not None:
         refuse(f"--site chooses SAEs; a policy is exported whole with --to {to}")
+    if to not in FORMS and first is not None:
+        refuse(f"--first chooses features of a policy; --to {to} is a form of SAEs")
     try:
-        lines = export_policy(Path(path), to, out) if to in FORMS else export_saes(path, to, out, site)
+        lines = export_policy(Path(path), to, out, first) if to in FORMS else export_saes(path, to, out, site)
         typer.echo("\n".join(lines))
     except ValueError as error:
         refuse(error)

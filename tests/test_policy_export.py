@@ -186,6 +186,29 @@ def test_compact_keeps_only_what_changed(tmp_path, splice):
     assert text(policy) == text(load_adapter(tiny_model(tmp_path / "model"), tmp_path / "moved"))
 
 
+@pytest.mark.parametrize("to", ["compact", "peft"])
+def test_the_first_features_of_an_audit_alone(tmp_path, to):
+    adapter = saved(tmp_path, "sparse_coeffs")
+    (tensor,) = load_file(adapter / "adapter_model.safetensors").values()
+    first = tensor.nonzero().flatten()[[3, 1, 7]]
+    attributions = torch.zeros(len(tensor)).scatter(0, first, torch.tensor([0.5, 0.3, 0.2]))
+    with pytest.raises(ValueError, match="has no audit.json, .*: saerl audit policy="):
+        export_policy(adapter, to, tmp_path / "out", first=2)
+    (adapter / "audit.json").write_text(json.dumps({"attributions": {"mlp_out.1": attributions.tolist()}}))
+    with pytest.raises(ValueError, match="a number from 1 to 64"):
+        export_policy(adapter, to, tmp_path / "out", first=65)
+    export_policy(adapter, to, tmp_path / "out", first=2)
+    policy = PeftModel.from_pretrained(tiny_model(tmp_path / "model"), tmp_path / "out")
+    (found,) = deltas(policy).values()
+    assert sorted(found[found != 0].tolist()) == sorted(tensor[first[:2]].tolist())
+    want = load_adapter(tiny_model(tmp_path / "model"), adapter)
+    for p in want.parameters():
+        if p.shape == tensor.shape and p.dtype == torch.float32 and torch.equal(p.data, tensor):
+            p.data[[i for i in range(len(tensor)) if i not in first[:2].tolist()]] = 0.0
+    torch.testing.assert_close(logits(policy), logits(want), atol=1e-5, rtol=1e-5)
+    assert not list(adapter.parent.glob(".pruned-*"))
+
+
 def test_compact_of_a_jumprelu_keeps_thresholds(tmp_path):
     from saerl_cli.sae.autoencoder import SAE
     from saerl_cli.sae.files import save_sae

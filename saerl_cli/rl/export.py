@@ -1,9 +1,11 @@
 """`saerl export` of a policy: a compact adapter, a PEFT folder with its SAEs, or a model."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from saerl_cli.config.adapter import AdapterKind
@@ -26,13 +28,15 @@ class Source:
     """Whether `folder` is a whole model."""
 
 
-def export_policy(path: Path, to: str, out: Path | None = None) -> list[str]:
+def export_policy(path: Path, to: str, out: Path | None = None, first: int | None = None) -> list[str]:
     """Write a finished policy in another form, whole or not at all.
 
     Args:
         path: a finished run of `saerl rlhf`, or an adapter folder.
         to: `compact`, `peft` or `model`.
         out: the folder to make; beside the source when empty.
+        first: keep the coefficients of so many features, those that the run's audit ranks first, and set the others
+            back to untouched; the policy whole when empty.
 
     Returns:
         What to print: what was written, then how it is loaded.
@@ -44,7 +48,8 @@ def export_policy(path: Path, to: str, out: Path | None = None) -> list[str]:
     out = (out if out is None or out.name else out.resolve()) or beside(str(path), to)
     refuse_occupied(out, [path])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(out, replace=True) as temporary:
+    chosen = nullcontext(source) if first is None else pruned(source, first)
+    with chosen as source, atomic_folder(out, replace=True) as temporary:
         lines = FORMS[to](source, temporary)
         files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         write_json(temporary / MANIFEST, {"from": str(path), "to": to, "files": files})
@@ -63,6 +68,39 @@ def find_policy(path: Path) -> Source:
         return Source(path, path, full=False)
     config = run_config(path)
     return Source(path, policy_folder(path, config), config.adapter.kind is AdapterKind.full)
+
+
+@contextmanager
+def pruned(source: Source, first: int) -> Iterator[Source]:
+    """The policy with the first features of RUN/audit.json alone; beside the original, to which its SAEs are relative.
+
+    Raises:
+        ValueError: no coefficients, no audit, or another number of features than there are.
+    """
+    import torch
+
+    from saerl_cli.adapter.files import module_of, read_adapter
+
+    refuse_full(source, "compact --first")
+    file = source.path / "audit.json"
+    if not has_coefficients(source.folder) or not file.is_file():
+        raise ValueError(
+            f"{source.path} has no audit.json, which says what features come first: saerl audit policy={source.path}"
+        )
+    attributions = {site: torch.tensor(found).double() for site, found in read_json(file)["attributions"].items()}
+    config, state = read_adapter(source.folder)
+    sites = {module: site for module, site in (config.sites or {}).items() if site in attributions}
+    total = sum(len(found) for found in attributions.values())
+    if not 1 <= first <= total or len(sites) < len(attributions):
+        raise ValueError(f"--first {first}: write a number from 1 to {total}, the features of {source.path}")
+    scores = torch.cat([attributions[site] for site in sites.values()])
+    mask = torch.zeros(len(scores)).scatter(0, scores.argsort(descending=True)[:first], 1.0)
+    masks = dict(zip(sites, mask.split([len(attributions[site]) for site in sites.values()]), strict=True))
+    with TemporaryDirectory(dir=source.folder.parent, prefix=".pruned-") as place:
+        shutil.copytree(source.folder, place, dirs_exist_ok=True)
+        kept = {key: value * masks[module_of(key)] for key, value in state.items()}
+        write_safetensors(Path(place) / WEIGHTS, kept, {"format": "pt"})
+        yield Source(source.path, Path(place), full=False)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
