@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_rl_job
-from test_rl_job import evaluate, lines, policies, settings
+from test_rl_job import do, evaluate, lines, policies, settings
 
 from saerl_cli.run.directory import Run
 
@@ -107,6 +107,26 @@ def test_the_frontier_has_every_policy_on_the_same_prompts(finished, measured, t
     assert plain["reward_base"] == plain["reward_before"] == summary["reward_before"]
     assert plain["kl"] == summary["kl"] and len(plain["frontier"]) == 1 and "optimum" not in plain
     assert not (tmp_path / "plain" / "base.jsonl").exists()
+
+
+def test_what_was_learned_can_be_weakened(finished, measured, tmp_path):
+    summary = evaluate(finished.path, tmp_path / "a", "factors=[0.5,1e-6]", f"base={measured}")
+    faint, half, last = summary["frontier"]
+    assert [p.get("factor") for p in (faint, half, last)] == [1e-6, 0.5, None]
+    assert abs(faint["kl_exact"]) < 1e-6 < half["kl_exact"] < last["kl_exact"]
+    assert half["delta_norm"] == pytest.approx(0.5 * last["delta_norm"]) and half["nonzero"] == last["nonzero"]
+    assert last == Run(measured).read_summary()["frontier"][-1], "the policy itself is as without factors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora", "ia3", "steering_vector", "bias_only", "neuron_basis"])
+def test_weakened_to_nothing_every_policy_is_its_reference(saes, tmp_path, kind):
+    words = ["adapter.sites=[mlp_out.1]"] if kind == "steering_vector" else []
+    run = do(tmp_path / "run", settings(None, f"adapter.kind={kind}", "adapter.lr=3e-2", *words))
+    summary = evaluate(run.path, tmp_path / "measured", "factors=[1e-7]", "base_samples=0")
+    faint, last = summary["frontier"]
+    assert faint["kl_exact"] < 1e-6 < last["kl_exact"]
+    assert faint["nll_heldout"] == pytest.approx(summary["nll_heldout_before"], abs=1e-5)
 
 
 def test_the_frontier_comes_with_its_limits(measured):

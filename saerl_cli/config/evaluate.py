@@ -20,9 +20,13 @@ class EvaluateConfig:
     snapshots: bool = False
     """Measure also the policies that the run kept along the way, on the same prompts with the same random numbers, and
     draw reward against KL beside its limits."""
+    factors: list[float] = field(default_factory=list)
+    """Measure also what the policy becomes when all that it learned is multiplied by these factors, for instance
+    [0.2,0.4,0.6,0.8]: a frontier from one run without snapshots, and a better one than its early policies make."""
     base_samples: int | None = None
     """Completions of the reference for each prompt, from which the KL-optimal policy and best-of-n are estimated: with
-    K of them reliably to a KL of about log K - 2; 0 leaves the limits out. When empty 64 with `snapshots`, else 0."""
+    K of them reliably to a KL of about log K - 2; 0 leaves the limits out. When empty 64 with `snapshots` or `factors`,
+    else 0."""
     base: str | None = None
     """Take the rewards of these completions from another run of `saerl evaluate`, of the same model, reward, prompts,
     sampling and seed, instead of drawing them again."""
@@ -35,6 +39,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         refuse_unless(
+            all(factor > 0 for factor in self.factors),
+            f"factors must be > 0, for instance [0.25,0.5], got {self.factors}",
+        )
+        refuse_unless(
             self.base_samples is None or self.base_samples == 0 or self.base_samples >= 2,
             f"base_samples must be 0 or >= 2, got {self.base_samples}",
         )
@@ -46,4 +54,5 @@ class EvaluateConfig:
     @property
     def samples_a_prompt(self) -> int:
         """`base_samples`, or what stands for it when empty."""
-        return BASE_SAMPLES * self.snapshots if self.base_samples is None else self.base_samples
+        frontier = self.snapshots or bool(self.factors)
+        return BASE_SAMPLES * frontier if self.base_samples is None else self.base_samples

@@ -36,7 +36,7 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     points = [entry | shares(entry, limits) for entry in numbers["frontier"]]
     numbers |= {"frontier": points, "base_samples": samples_of(found.base), **shares(points[-1], limits)}
     numbers |= curves(limits, max(entry["kl_exact"] for entry in points))
-    if config.snapshots or limits:
+    if len(points) > 1 or limits:
         write_frontier(run.path, "frontier", {numbers["adapter"]: [points]}, {}, numbers)
         print(aligned(table(points), words=0), flush=True)
     for warning in numbers["warnings"]:
@@ -143,6 +143,7 @@ DRAWN = ("step", "kl_exact", "kl_exact_se", "reward", "reward_se", "gain", "gain
 
 COLUMNS = (
     ("step", "step", "{:,}"),
+    ("factor", "factor", "{:g}"),
     ("reward", "reward", "{:.3f}"),
     ("gain", "gain", "{:.3f}"),
     ("KL, nats", "kl_exact", "{:.3f}"),
@@ -157,7 +158,7 @@ COLUMNS = (
 
 def table(points: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A heading and a line a policy, as text; with standard errors."""
-    columns = [column for column in COLUMNS if column[1] in points[0]]
+    columns = [column for column in COLUMNS if any(column[1] in point for point in points)]
     return [[heading for heading, _, _ in columns], *([cell(p, key, form) for _, key, form in columns] for p in points)]
 
 

@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
         "warnings": warnings_of(numbers),
         "trainable_parameters": policy_parameters(config.policy),
         "reward_base": sum(baseline) / len(baseline),
-        "frontier": [*(earlier(bench, baseline) if config.snapshots else []), final],
+        "frontier": [*weaker(bench, baseline), *(earlier(bench, baseline) if config.snapshots else []), final],
         "measured": measured_by(config, bench.trained) | {"prompts": prompts_sha256(bench.prompts)},
     }
     return Evaluated(numbers, base)
@@ -176,6 +176,51 @@ def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
         samples = draw(policy, bench.reward, bench.prompts, bench.sampling(POLICY))
         points.append(point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows)))
     return points
+
+
+def weaker(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
+    """Entries of the policy with all that it learned multiplied by `factors`; the policy is itself again afterwards.
+
+    On the line between a reference and what RLHF made of it rewards are bought with less KL than early policies of
+    training pay (Rame et al. 2024, "WARP"; for fine-tuning Wortsman et al. 2022).
+    """
+    import torch
+
+    from saerl_cli.rl.measure import draw, heldout_loss
+
+    policy, points = bench.policy, []
+    changes = learned(bench) if bench.config.factors else []
+    step = read_jsonl(Path(bench.config.policy) / "metrics.jsonl")[-1]["step"]
+    for factor in sorted(bench.config.factors):
+        say(f"what was learned times {factor:g}")
+        for parameter, reference, value in changes:
+            parameter.data.copy_(torch.lerp(reference.double(), value.double(), factor))
+        samples = draw(policy, bench.reward, bench.prompts, bench.sampling(POLICY))
+        entry = point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows))
+        points.append(entry | {"factor": factor})
+    for parameter, _, value in changes:
+        parameter.data.copy_(value)
+    return points
+
+
+def learned(bench: Bench) -> "list[tuple[Tensor, Tensor, Tensor]]":
+    """The policy's trained parameters, what each is in the reference, and what training made of it.
+
+    Of LoRA's two factors only the second, which is 0 in the reference, so that their product follows a line; gates
+    stay as they are.
+    """
+    import torch
+
+    policy = bench.policy
+    trained = Run(bench.config.policy).record["trainable"].keys()
+    base = {} if policy.reference_model is None else dict(policy.reference_model.named_parameters())
+    found = []
+    for name, parameter in policy.model.named_parameters():
+        if name not in trained or any(part in name for part in ("lora_A", "sparse_coeffs_gate")):
+            continue
+        reference = base[name] if base else torch.full_like(parameter, 1.0 if "ia3" in name else 0.0)
+        found.append((parameter, reference.detach().clone(), parameter.detach().clone()))
+    return found
 
 
 def drawn(prompts: "list[Prompt]", count: int, seed: int) -> "list[Prompt]":
