@@ -70,7 +70,7 @@ def test_an_audit_writes_everything_its_docstring_names(found, policy):
     assert numbers == json.loads((policy / "audit.json").read_text()), "the report finds it beside the policy"
     assert numbers["features"] == {"total": 128, "moved": 128} and numbers["prompts"] == 8
     gain = numbers["gain"]
-    assert gain["gain"] == pytest.approx(gain["reward"] - gain["reward_reference"], abs=2 * gain["gain_se"])
+    assert gain["gain_se"] > 0 and numbers["curves"]["keep"][-1]["gain"] == gain["gain"], "all kept is the policy"
     assert gain["loss_increase"] == pytest.approx(gain["loss"] - gain["loss_reference"])
     attributions = [value for site in numbers["attributions"].values() for value in site]
     assert len(attributions) == 128

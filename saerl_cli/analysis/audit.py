@@ -204,17 +204,18 @@ class Gain:
     def over(self, rewards: Sequence[float]) -> list[float]:
         """Prompt by prompt, the gain of a variant over the reference: x - m - b (r - m).
 
-        The luck of the reference's own draw, r - m with mean 0, is a control variate with b = Cov(x, r - m) /
+        The luck of the reference's own draw, r - m with mean 0, is a control variate with b = Cov(x - m, r - m) /
         Var(r - m): a variant near the reference shares that luck (b = 1), one far from it does not (b = 0). Plain
         differences x - r would charge every variant with the luck of one and the same draw.
         """
         luck = [r - m for r, m in zip(self.reference, self.expected, strict=True)]
+        plain = [x - m for x, m in zip(rewards, self.expected, strict=True)]
         n = len(luck)
-        centre, middle = math.fsum(luck) / n, math.fsum(rewards) / n
+        centre, middle = math.fsum(luck) / n, math.fsum(plain) / n
         spread = math.fsum((e - centre) ** 2 for e in luck)
-        together = math.fsum((e - centre) * (x - middle) for e, x in zip(luck, rewards, strict=True))
+        together = math.fsum((e - centre) * (y - middle) for e, y in zip(luck, plain, strict=True))
         b = together / spread if spread else 0.0
-        return [x - m - b * e for x, m, e in zip(rewards, self.expected, luck, strict=True)]
+        return [y - b * e for y, e in zip(plain, luck, strict=True)]
 
     def kept(self, rewards: Sequence[float]) -> dict[str, float]:
         """Gain of a variant over the reference, and as a share of the policy's."""
