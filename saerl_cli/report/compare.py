@@ -155,6 +155,7 @@ def facts_of(method: Method) -> dict[str, Any]:
     last = [run.summary["frontier"][-1] for run in method.runs]
     nonzero = [point["nonzero"] for point in last if "nonzero" in point]
     gain, kl = t_interval([point["gain"] for point in last]), t_interval([point["kl_exact"] for point in last])
+    cost = costs(method)
     return {
         "adapter": method.runs[0].summary["adapter"],
         "runs": [str(run.path) for run in method.runs],
@@ -165,14 +166,9 @@ def facts_of(method: Method) -> dict[str, Any]:
         "gain_half": gain.half,
         "kl": kl.mean,
         "kl_half": kl.half,
-        **{key: value for key, value in costs(method).items() if key == "seconds"},
-        "peak_memory_mib": mebibytes(costs(method)["peak_memory_bytes"]),
+        "seconds": cost["seconds"],
+        "peak_memory_mib": cost["peak_memory_bytes"] and cost["peak_memory_bytes"] / 2**20,
     }
-
-
-def mebibytes(size: float | None) -> float | None:
-    """Bytes as MiB."""
-    return None if size is None else size / 2**20
 
 
 def show(rows: Sequence[dict[str, Any]], methods: Sequence[Method], limits: bool) -> None:
