@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
         "warnings": warnings_of(numbers),
         "trainable_parameters": policy_parameters(config.policy),
         "reward_base": sum(baseline) / len(baseline),
-        "frontier": [*weaker(bench, baseline), *(earlier(bench, baseline) if config.snapshots else []), final],
+        "frontier": [*weaker(bench, baseline, last), *(earlier(bench, baseline) if config.snapshots else []), final],
         "measured": measured_by(config, bench.trained) | {"prompts": prompts_sha256(bench.prompts)},
     }
     return Evaluated(numbers, base)
@@ -178,8 +178,8 @@ def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
     return points
 
 
-def weaker(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
-    """Entries of the policy with all that it learned multiplied by `factors`; the policy is itself again afterwards.
+def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any]]:
+    """Entries of the policy with all that it learned times `factors`; the policy is itself again afterwards.
 
     On the line between a reference and what RLHF made of it rewards are bought with less KL than early policies of
     training pay (Rame et al. 2024, "WARP"; for fine-tuning Wortsman et al. 2022).
@@ -190,7 +190,6 @@ def weaker(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
 
     policy, points = bench.policy, []
     changes = learned(bench) if bench.config.factors else []
-    step = read_jsonl(Path(bench.config.policy) / "metrics.jsonl")[-1]["step"]
     for factor in sorted(bench.config.factors):
         say(f"what was learned times {factor:g}")
         for parameter, reference, value in changes:
