@@ -11,7 +11,8 @@ import pytest
 
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json, read_jsonl, write_json
+from saerl_cli.run.files import read_json, read_jsonl, sha256_file, write_json
+from saerl_cli.run.preflight import refuse_changed_saes
 
 
 def test_the_record_of_a_run_keeps_what_an_earlier_start_wrote(tmp_path):
@@ -202,3 +203,28 @@ def test_many_that_start_at_once_agree_on_one(tmp_path):
         process.stdin.flush()
     said = sorted(process.communicate()[0].strip() for process in started)
     assert said == ["got it"] + ["in use"] * 4
+
+
+def test_a_run_is_not_resumed_on_an_sae_that_changed(tmp_path):
+    weights = tmp_path / "sae" / "sae_weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    run = Run(tmp_path / "run")
+    run.start("rlhf")
+    run.update(inputs={"sae": {"mlp_out.1": {"path": str(weights.parent), "sha256": sha256_file(weights)}}})
+    run.end("interrupted")
+    with run.save_checkpoint(1):
+        pass
+    refuse_changed_saes(run.path)
+    weights.write_bytes(b"other weights")
+    with pytest.raises(ValueError, match=r"begun with another SAE at mlp_out\.1: .* take another hydra\.run\.dir"):
+        refuse_changed_saes(run.path)
+
+
+def test_a_run_without_a_checkpoint_begins_anew_on_any_sae(tmp_path):
+    run = Run(tmp_path / "run")
+    run.start("rlhf")
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "sae_weights.safetensors").write_bytes(b"other")
+    run.update(inputs={"sae": {"mlp_out.1": {"path": str(tmp_path / "sae"), "sha256": "0" * 64}}})
+    refuse_changed_saes(run.path)

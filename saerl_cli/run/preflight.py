@@ -9,6 +9,7 @@ from saerl_cli.config import typed
 from saerl_cli.run import launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
 from saerl_cli.run.directory import Run, shown
+from saerl_cli.run.files import sha256_file
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.refusals import readable
 from saerl_cli.run.words import sweep_points
@@ -84,6 +85,7 @@ def check_point(name: str, point: Point) -> None:
         refuse_other_settings(point.folder, name, point.cfg)
         if Run(point.folder).status == "completed":
             return  # nothing will be done
+        refuse_changed_saes(point.folder)
     if hasattr(point.config, "launch"):
         launch.check_launch(point.config.launch, point.here)
     resolve(JOBS[name].check)(point.config)
@@ -118,6 +120,18 @@ def refuse_other_settings(folder: Path, name: str, cfg: Any) -> None:
             f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given}); repeat its command"
             " to resume it, or take another hydra.run.dir"
         )
+
+
+def refuse_changed_saes(folder: Path) -> None:
+    """Refuse to resume a run whose SAEs are no longer the files it began with."""
+    run = Run(folder)
+    for site, sae in run.record.get("inputs", {}).get("sae", {}).items() if run.checkpoints() else ():
+        for weights in Path(sae["path"]).glob("*.safetensors"):
+            if (found := sha256_file(weights)) != sae["sha256"]:
+                raise ValueError(
+                    f"{shown(folder)} was begun with another SAE at {site}: {sae['path']} had sha256"
+                    f" {sae['sha256'][:12]}, now {found[:12]}; put it back, or take another hydra.run.dir"
+                )
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
