@@ -11,11 +11,11 @@ from saerl_cli.adapter import peft_config
 from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig, Splice
 from saerl_cli.models import Loaded
-from saerl_cli.rl.grpo import GRPOTrainer, RLOOTrainer
-from saerl_cli.rl.phases import DPOPhases, GRPOPhases, RLOOPhases, SFTPhases
-from saerl_cli.rl.ppo_config import PPOConfig
-from saerl_cli.rl.supervised import DPOTrainer, SFTTrainer
-from saerl_cli.rl.trainer import PPOTrainer
+from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
+from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, RLOOPhases, SFTPhases
+from saerl_cli.rl.trainers.ppo import PPOTrainer
+from saerl_cli.rl.trainers.ppo_config import PPOConfig
+from saerl_cli.rl.trainers.supervised import DPOTrainer, SFTTrainer
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
 

@@ -8,12 +8,12 @@ from rl_fixtures import build_trainer, good_share, prompts, tiny_model, trained
 from safetensors.torch import load_file
 from trl.trainer.rloo_trainer import RLOOTrainer as TRLRLOOTrainer
 
-from saerl_cli.rl.exact import Diverged
-from saerl_cli.rl.kl_control import HIGHEST, LOWEST, next_coefficient
-from saerl_cli.rl.normalise import Normaliser
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
-from saerl_cli.rl.supervised import EpochOrder
-from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.rl.trainers.exact import Diverged
+from saerl_cli.rl.trainers.kl_control import HIGHEST, LOWEST, next_coefficient
+from saerl_cli.rl.trainers.normalise import Normaliser
+from saerl_cli.rl.trainers.supervised import EpochOrder
+from saerl_cli.rl.trainers.value import is_value_parameter
 
 ALGOS = ("grpo", "rloo", "sft", "dpo")
 GROUPS = ("grpo", "rloo")

@@ -11,9 +11,9 @@ from saerl_cli.config.groups import WorldConfig
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import PromptConfig, PromptKind
 from saerl_cli.rl import job
-from saerl_cli.rl.normalise import Normaliser
-from saerl_cli.rl.passes import pass_at_k, passes
-from saerl_cli.rl.questions import check_answers, fitting, split_questions
+from saerl_cli.rl.measuring.passes import pass_at_k, passes
+from saerl_cli.rl.prompts.questions import check_answers, fitting, split_questions
+from saerl_cli.rl.trainers.normalise import Normaliser
 from saerl_cli.world.language import labels_of, split_words
 from saerl_cli.world.questions import Question, arithmetic_questions, file_questions
 
@@ -165,7 +165,7 @@ def test_a_verified_run_measures_pass_at_k_first_and_warns(tiny_world_model, tmp
 
 @pytest.mark.parametrize("kind", ["calibrate", "running"])
 def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_world_model, tmp_path, monkeypatch, kind):
-    from saerl_cli.rl.trainer import PPOTrainer
+    from saerl_cli.rl.trainers.ppo import PPOTrainer
 
     config = settings(None, f"reward.normalise={kind}", "reward.clip=1.5")
     whole = do(tmp_path / "whole", config)

@@ -5,8 +5,8 @@ import torch
 from adapter_fixtures import VOCABULARY, coefficients_on, tiny_llama, tiny_neox
 from trl.trainer.utils import add_fused_lm_head
 
-from saerl_cli.rl import head
-from saerl_cli.rl.head import FrozenHead, add_frozen_head
+from saerl_cli.rl.frozen import head
+from saerl_cli.rl.frozen.head import FrozenHead, add_frozen_head
 
 
 def batch():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saerl_cli.rl import ppo_math as math_of_ppo
+from saerl_cli.rl.trainers import ppo_math as math_of_ppo
 
 MASK = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
 

@@ -10,8 +10,8 @@ from rl_fixtures import build_trainer, trained
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from saerl_cli.adapter.codes import by_sequence, concatenated, from_sequences, scaled, sparse_codes
-from saerl_cli.rl.prefix import Prefix, chunk, find_prefix, joined
-from saerl_cli.rl.value import add_value_head
+from saerl_cli.rl.frozen.prefix import Prefix, chunk, find_prefix, joined
+from saerl_cli.rl.trainers.value import add_value_head
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head, shuffle_sequence_dict
 
-from saerl_cli.rl import ppo_math
-from saerl_cli.rl.rollouts import EpochSampler
-from saerl_cli.rl.value import PolicyValueOutput, add_value_head
+from saerl_cli.rl.trainers import ppo_math
+from saerl_cli.rl.trainers.rollouts import EpochSampler
+from saerl_cli.rl.trainers.value import PolicyValueOutput, add_value_head
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(16)]
 

@@ -15,9 +15,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from saerl_cli.rl.exact import Diverged
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
-from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.rl.trainers.exact import Diverged
+from saerl_cli.rl.trainers.value import is_value_parameter
 
 TIMES = {"seconds", "tokens_per_second", "samples_per_second"}
 

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from saerl_cli.config import typed
 from saerl_cli.config.train_reward import TooLong, TrainRewardConfig
 from saerl_cli.rewards.calibration import preference_numbers, reliability, wilson
-from saerl_cli.rl import reward_job
-from saerl_cli.rl.reward_job import encode_pairs
+from saerl_cli.rl.reward_model import job as reward_job
+from saerl_cli.rl.reward_model.job import encode_pairs
 from saerl_cli.run.directory import Run
 from saerl_cli.world.pairs import Pair, read_pairs
 
@@ -147,7 +147,7 @@ def test_the_model_serves_as_reward_at_once(finished, tiny_world_model):
 
 
 def test_killed_and_started_again_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    from saerl_cli.rl.reward_trainer import RewardTrainer
+    from saerl_cli.rl.reward_model.trainer import RewardTrainer
 
     config, true = settings(), RewardTrainer.compute_loss
 
@@ -236,5 +236,5 @@ def test_the_checks_import_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, saerl_cli.rl.reward_job; sys.exit('torch' in sys.modules)"
+    code = "import sys, saerl_cli.rl.reward_model.job; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -23,7 +23,7 @@ from saerl_cli.analysis.frontier import (
     t_interval,
 )
 from saerl_cli.config.compare import CompareConfig
-from saerl_cli.rl.base import difference
+from saerl_cli.rl.measuring.base import difference
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json
 

@@ -102,7 +102,7 @@ class AlgoConfig:
     kl_target: float | None = None
     """Nats per completion at the end of the run; when given, beta adapts to reach it (ppo, grpo, rloo)."""
     kl_gain: float = 3.0
-    """How strongly beta answers a KL that is off its target; see `saerl_cli.rl.kl_control` (ppo, grpo, rloo)."""
+    """How strongly beta answers a KL that is off its target; rule: `rl/trainers/kl_control.py` (ppo, grpo, rloo)."""
     gamma: float = 1.0
     """Discount (ppo)."""
     lam: float = 0.95

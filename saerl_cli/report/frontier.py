@@ -1,4 +1,4 @@
-"""`saerl evaluate`: the numbers of `saerl_cli.rl.evaluate_job`, and the run's reward-KL frontier beside its limits.
+"""`saerl evaluate`: the numbers of `rl/measuring/evaluate.py`, and the run's reward-KL frontier beside its limits.
 
 summary.json    the numbers; frontier, an entry a policy with its efficiency; optimum, pooled_optimum, best_of_n: limits
 base.jsonl      rewards of the reference's completions, a line a prompt
@@ -17,8 +17,8 @@ from saerl_cli.analysis.frontier import Limit, best_of_n, efficiency, kl_optimum
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.report import figures
 from saerl_cli.report.saes import aligned
-from saerl_cli.rl.base import Base
-from saerl_cli.rl.evaluate_job import evaluate
+from saerl_cli.rl.measuring.base import Base
+from saerl_cli.rl.measuring.evaluate import evaluate
 from saerl_cli.run.directory import Run
 from saerl_cli.run.progress import say
 

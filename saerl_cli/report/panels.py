@@ -6,7 +6,7 @@ from typing import Any
 from saerl_cli.analysis.compare import Evaluation, Method, by_seed, mean_curve
 from saerl_cli.report.collect import POLICY, Found, owner
 from saerl_cli.report.content import FEW, cleaned, number, thin
-from saerl_cli.rl.base import difference
+from saerl_cli.rl.measuring.base import difference
 
 LIMITS = ("optimum", "pooled_optimum", "best_of_n")
 NEEDED = ("kl_exact", "kl_exact_se", "reward", "reward_se", "gain", "gain_se")

@@ -14,18 +14,18 @@ from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
-from saerl_cli.rl.arguments import training_arguments
 from saerl_cli.rl.dictionaries import dictionaries, restraint
-from saerl_cli.rl.exact import ExactTrainer, derived_seed
-from saerl_cli.rl.grpo import GRPOTrainer, RLOOTrainer
-from saerl_cli.rl.measure import Sampling
-from saerl_cli.rl.normalise import Normaliser
+from saerl_cli.rl.measuring.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts import Prompt, refuse_too_few
-from saerl_cli.rl.questions import choose_prompts, refuse_few_questions
-from saerl_cli.rl.rollouts import RolloutTrainer
-from saerl_cli.rl.supervised import DPOTrainer, Examples, SFTTrainer, build_examples
-from saerl_cli.rl.trainer import PPOTrainer
+from saerl_cli.rl.prompts.beginnings import Prompt, refuse_too_few
+from saerl_cli.rl.prompts.questions import choose_prompts, refuse_few_questions
+from saerl_cli.rl.trainers.arguments import training_arguments
+from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
+from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
+from saerl_cli.rl.trainers.normalise import Normaliser
+from saerl_cli.rl.trainers.ppo import PPOTrainer
+from saerl_cli.rl.trainers.rollouts import RolloutTrainer
+from saerl_cli.rl.trainers.supervised import DPOTrainer, Examples, SFTTrainer, build_examples
 from saerl_cli.run.directory import Run
 
 TRAINERS: dict[AlgoKind, Callable[..., ExactTrainer]] = {

@@ -15,8 +15,8 @@ from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.chosen import free_features
-from saerl_cli.rl.prompts import cut_prompts, refuse_too_few
-from saerl_cli.rl.questions import check_answers, check_questions, refuse_few_questions
+from saerl_cli.rl.prompts.beginnings import cut_prompts, refuse_too_few
+from saerl_cli.rl.prompts.questions import check_answers, check_questions, refuse_few_questions
 from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, refuse_transcoder
 from saerl_cli.world.cache import planted_folder
 
@@ -151,7 +151,7 @@ def check_prompts(config: RlhfConfig, description: Any) -> None:
 
 def check_examples(config: RlhfConfig) -> None:
     """Refuse preference pairs, or examples of sft, that cannot be read."""
-    from saerl_cli.rl.examples import labelled_documents, read_examples
+    from saerl_cli.rl.prompts.examples import labelled_documents, read_examples
     from saerl_cli.world.pairs import read_pairs
 
     algo = config.algo

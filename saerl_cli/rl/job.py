@@ -16,8 +16,8 @@ from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
-    from saerl_cli.rl.exact import ExactTrainer
     from saerl_cli.rl.policy import Policy
+    from saerl_cli.rl.trainers.exact import ExactTrainer
 
 __all__ = ["check", "work"]
 
@@ -106,9 +106,9 @@ def record_insertion(parts: "Parts", trainer: "ExactTrainer") -> None:
 def first_look(parts: "Parts", policy: "Policy") -> None:
     """Samples of the untouched model: step 0 of samples.jsonl, and a warning when the reward tells nothing apart."""
     from saerl_cli.rewards.score import TOTAL, spread
-    from saerl_cli.rl.measure import cycled, draw
+    from saerl_cli.rl.measuring.measure import cycled, draw
+    from saerl_cli.rl.measuring.passes import base_passes, tell_passes
     from saerl_cli.rl.outcome import unreachable
-    from saerl_cli.rl.passes import base_passes, tell_passes
 
     if not parts.run.writes:
         return
@@ -155,9 +155,9 @@ def calibrate(trainer: "ExactTrainer", parts: "Parts") -> None:
 
 def train(trainer: "ExactTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
     """All phases, from the checkpoint on when there is one."""
-    from saerl_cli.rl import snapshots
     from saerl_cli.rl.outcome import NO_GRADIENT, no_gradient
     from saerl_cli.rl.summary import coefficient_statistics
+    from saerl_cli.rl.trainers import snapshots
 
     run, phases, every = parts.run, parts.config.algo.phases, parts.config.evaluation.every
     name = parts.config.algo.kind.value.upper()
@@ -206,7 +206,7 @@ def look(parts: "Parts", policy: "Policy", step: int) -> dict[str, float]:
         eval_reward and eval_kl with standard errors, and eval_kl_exact, for metrics.jsonl.
     """
     from saerl_cli.rewards.score import TOTAL
-    from saerl_cli.rl.measure import cycled, draw, mean_and_error
+    from saerl_cli.rl.measuring.measure import cycled, draw, mean_and_error
 
     prompts = cycled(parts.heldout_prompts, parts.config.evaluation.tracked)
     was_training = policy.model.training
@@ -227,7 +227,7 @@ def look(parts: "Parts", policy: "Policy", step: int) -> dict[str, float]:
 def save_policy(trainer: "ExactTrainer", parts: "Parts") -> None:
     """RUN/adapter (a PEFT folder of what was trained) or RUN/model (weights and tokenizer), whole or absent."""
     from saerl_cli.adapter import save_adapter
-    from saerl_cli.rl.value import without_value_head
+    from saerl_cli.rl.trainers.value import without_value_head
 
     if not parts.run.writes:
         return

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.algo import AlgoKind
-from saerl_cli.rl import behaviour
+from saerl_cli.rl.measuring import behaviour
 from saerl_cli.run.files import read_jsonl
 
 if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
-    from saerl_cli.rl.exact import ExactTrainer
     from saerl_cli.rl.policy import Policy
+    from saerl_cli.rl.trainers.exact import ExactTrainer
 
 NO_GRADIENT = 1e-7
 """A gradient whose norm stays below this moves nothing."""
@@ -23,7 +23,7 @@ TOLERANCE = 0.15
 
 def insertion(parts: "Parts", trainer: "ExactTrainer") -> dict[str, float]:
     """Loss on held-out examples of the bare model, and with the untouched adapter inserted; nats per token."""
-    from saerl_cli.rl.supervised import example_loss
+    from saerl_cli.rl.trainers.supervised import example_loss
 
     assert parts.examples is not None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -38,7 +38,7 @@ def insertion(parts: "Parts", trainer: "ExactTrainer") -> dict[str, float]:
 
 def task_numbers(parts: "Parts", trainer: "ExactTrainer", policy: "Policy", numbers: dict[str, Any]) -> dict[str, Any]:
     """What the algorithm itself was after: loss before and after (sft), preferences (dpo), the KL asked for."""
-    from saerl_cli.rl.supervised import example_loss, preferences
+    from saerl_cli.rl.trainers.supervised import example_loss, preferences
 
     algo = parts.config.algo
     if algo.kind is AlgoKind.sft and parts.examples is not None:

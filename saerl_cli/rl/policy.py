@@ -10,8 +10,8 @@ from trl.trainer.utils import use_adapter
 
 from saerl_cli.config.adapter import AdapterKind, Splice
 from saerl_cli.models import Loaded, eos_token_ids, load_model
-from saerl_cli.rl.exact import sample_what_is_scored
 from saerl_cli.rl.runs import policy_folder, run_config
+from saerl_cli.rl.trainers.exact import sample_what_is_scored
 from saerl_cli.run.files import read_json
 
 

@@ -10,14 +10,14 @@ from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.adapter import deltas
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
-from saerl_cli.rl.baselines import behaviour
 from saerl_cli.rl.build import Parts
-from saerl_cli.rl.exact import ExactTrainer
-from saerl_cli.rl.measure import cycled, measure
+from saerl_cli.rl.measuring.baselines import behaviour
+from saerl_cli.rl.measuring.measure import cycled, measure
 from saerl_cli.rl.outcome import task_numbers, warnings_of
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.runs import kl_coef
-from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.rl.trainers.exact import ExactTrainer
+from saerl_cli.rl.trainers.value import is_value_parameter
 from saerl_cli.sae.describe import top_tokens
 from saerl_cli.sae.files import load_sae
 

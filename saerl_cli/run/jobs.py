@@ -29,13 +29,13 @@ JOBS = {
     ),
     "train_reward": Job(
         "saerl_cli.config.train_reward:TrainRewardConfig",
-        "saerl_cli.rl.reward_job:check",
-        "saerl_cli.rl.reward_job:work",
+        "saerl_cli.rl.reward_model.job:check",
+        "saerl_cli.rl.reward_model.job:work",
     ),
     "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.rl.job:check", "saerl_cli.rl.job:work"),
     "evaluate": Job(
         "saerl_cli.config.evaluate:EvaluateConfig",
-        "saerl_cli.rl.evaluate_job:check",
+        "saerl_cli.rl.measuring.evaluate:check",
         "saerl_cli.report.frontier:work",
     ),
     "features": Job(

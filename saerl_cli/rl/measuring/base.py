@@ -18,9 +18,9 @@ from saerl_cli.run.files import read_jsonl
 
 if TYPE_CHECKING:
     from saerl_cli.rewards.score import Reward
-    from saerl_cli.rl.measure import Sampling
+    from saerl_cli.rl.measuring.measure import Sampling
     from saerl_cli.rl.policy import Policy
-    from saerl_cli.rl.prompts import Prompt
+    from saerl_cli.rl.prompts.beginnings import Prompt
 
 FILE = "base.jsonl"
 
@@ -111,7 +111,7 @@ def base_of(
 def draw_base(policy: "Policy", reward: "Reward", prompts: "Sequence[Prompt]", how: "Sampling", count: int) -> Base:
     """Rewards of `count` completions of the reference for every prompt."""
     from saerl_cli.rewards.score import TOTAL
-    from saerl_cli.rl.measure import draw
+    from saerl_cli.rl.measuring.measure import draw
     from saerl_cli.run.progress import say
 
     say(f"sampling {count} completions of each of {len(prompts)} prompts from the reference")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.behaviour import detect, near, one_token
-from saerl_cli.rl.measure import Samples, Sampling, log_probabilities, mean_and_error
+from saerl_cli.rl.measuring.behaviour import detect, near, one_token
+from saerl_cli.rl.measuring.measure import Samples, Sampling, log_probabilities, mean_and_error
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.prompts import Prompt
+from saerl_cli.rl.prompts.beginnings import Prompt
 
 FREQUENT, BEST, TOKENS = 8, 16, 512
 """Candidates: the policy's most frequent completions; the best-rewarded ones of policy and reference; single tokens."""
@@ -50,7 +50,7 @@ def behaviour(
         kl_coef: weight of the KL in what the policy was trained for; None where it had none.
 
     Returns:
-        before, after: `saerl_cli.rl.behaviour.detect`; one_token: `saerl_cli.rl.behaviour.one_token` with its text;
+        before, after: `saerl_cli.rl.measuring.behaviour.detect`; one_token: `behaviour.one_token` with its text;
         baselines: `baselines`; beaten: whether a constant string is rewarded at least as well as the policy.
     """
 

@@ -9,7 +9,7 @@ from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.reward import Match, RewardKind
 from saerl_cli.config.rlhf import PromptConfig, PromptKind, RlhfConfig
 from saerl_cli.rewards.patterns import last_number, needs_answers
-from saerl_cli.rl.prompts import Prompt, build_prompts
+from saerl_cli.rl.prompts.beginnings import Prompt, build_prompts
 from saerl_cli.run.progress import say
 from saerl_cli.world.questions import Question, arithmetic_questions, file_questions
 

@@ -6,7 +6,7 @@ from typing import Any
 from trl.trainer.reward_config import RewardConfig as TrlRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer as TrlRewardTrainer
 
-from saerl_cli.rl.supervised import SupervisedTrainer
+from saerl_cli.rl.trainers.supervised import SupervisedTrainer
 
 
 @dataclass

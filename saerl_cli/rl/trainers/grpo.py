@@ -6,7 +6,7 @@ from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLGRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer as TRLRLOOTrainer
 
-from saerl_cli.rl.rollouts import RolloutTrainer
+from saerl_cli.rl.trainers.rollouts import RolloutTrainer
 
 
 class GroupTrainer(RolloutTrainer):

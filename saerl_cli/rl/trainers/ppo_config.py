@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from saerl_cli.rl.phases import RolloutSettings
+from saerl_cli.rl.trainers.phases import RolloutSettings
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PPOConfig(RolloutSettings, GRPOConfig):
     cliprange_value: float = field(default=0.2, metadata={"help": "Clip of the value's change."})
     value_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the value head."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Over all processes and kept tokens."})
-    critic: str = field(default="detached", metadata={"help": "detached, shared or separate: `saerl_cli.rl.value`."})
+    critic: str = field(default="detached", metadata={"help": "detached, shared or separate: `trainers.value`."})
     critic_warmup: int = field(default=0, metadata={"help": "First phases in which only the critic learns."})
     stop_epochs_kl: float | None = field(default=None, metadata={"help": "Nats per token that end a phase's updates."})
 

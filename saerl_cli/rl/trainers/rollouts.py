@@ -11,14 +11,14 @@ from transformers import set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from saerl_cli.rl import ppo_math
-from saerl_cli.rl.behaviour import tail
-from saerl_cli.rl.exact import derived_seed, sample_what_is_scored
-from saerl_cli.rl.head import HELD
-from saerl_cli.rl.kl_control import next_coefficient
-from saerl_cli.rl.normalise import Normaliser
-from saerl_cli.rl.once import OnceTrainer
+from saerl_cli.rl.frozen.head import HELD
+from saerl_cli.rl.frozen.once import OnceTrainer
+from saerl_cli.rl.measuring.behaviour import tail
 from saerl_cli.rl.policy import reference_of
+from saerl_cli.rl.trainers import ppo_math
+from saerl_cli.rl.trainers.exact import derived_seed, sample_what_is_scored
+from saerl_cli.rl.trainers.kl_control import next_coefficient
+from saerl_cli.rl.trainers.normalise import Normaliser
 
 Base = GRPOTrainer if TYPE_CHECKING else object
 """What the classes here are mixed into."""

@@ -13,7 +13,7 @@ from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
 from saerl_cli.rewards.check import check_reward
-from saerl_cli.rl.base import Base, base_of, check_base, measured_by
+from saerl_cli.rl.measuring.base import Base, base_of, check_base, measured_by
 from saerl_cli.rl.runs import kl_coef, policy_folder, run_config, snapshot_files
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saerl_cli.rewards.score import Reward
-    from saerl_cli.rl.measure import Samples, Sampling
+    from saerl_cli.rl.measuring.measure import Samples, Sampling
     from saerl_cli.rl.policy import Policy
-    from saerl_cli.rl.prompts import Prompt
+    from saerl_cli.rl.prompts.beginnings import Prompt
 
 
 def check(config: EvaluateConfig) -> None:
@@ -66,9 +66,9 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any) -> Evaluated:
     {changed, nonzero, delta_max, delta_norm}. All of them answer the same prompts with the same random numbers; gains
     are means of differences from the reference on the same prompt, whose mean reward is `reward_base`.
     """
-    from saerl_cli.rl.baselines import behaviour
-    from saerl_cli.rl.behaviour import warnings_of
-    from saerl_cli.rl.measure import measure
+    from saerl_cli.rl.measuring.baselines import behaviour
+    from saerl_cli.rl.measuring.behaviour import warnings_of
+    from saerl_cli.rl.measuring.measure import measure
     from saerl_cli.rl.summary import curse_words
 
     bench = build_bench(config, device)
@@ -118,8 +118,8 @@ class Bench:
 
     def sampling(self, purpose: int) -> "Sampling":
         """How completions are drawn."""
-        from saerl_cli.rl.exact import derived_seed
-        from saerl_cli.rl.measure import Sampling
+        from saerl_cli.rl.measuring.measure import Sampling
+        from saerl_cli.rl.trainers.exact import derived_seed
 
         algo, seed = self.trained.algo, derived_seed(self.config.seed, purpose)
         return Sampling(algo.max_new_tokens, algo.temperature, self.config.evaluation.batch_size, seed)
@@ -139,7 +139,7 @@ def build_bench(config: EvaluateConfig, device: Any) -> Bench:
     from saerl_cli.rewards.score import build_reward
     from saerl_cli.rl.build import heldout_rows
     from saerl_cli.rl.policy import load_policy
-    from saerl_cli.rl.questions import choose_prompts
+    from saerl_cli.rl.prompts.questions import choose_prompts
 
     trained = run_config(config.policy)
     trained.evaluation = config.evaluation
@@ -165,8 +165,8 @@ def baseline_rewards(base: Base, before: "Samples") -> list[float]:
 
 def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
     """Entries of the policies kept along the way; the last of them stays in `bench.policy`."""
-    from saerl_cli.rl import snapshots
-    from saerl_cli.rl.measure import draw, heldout_loss
+    from saerl_cli.rl.measuring.measure import draw, heldout_loss
+    from saerl_cli.rl.trainers import snapshots
 
     policy, points = bench.policy, []
     files = snapshot_files(bench.config.policy)
@@ -186,7 +186,7 @@ def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any
     """
     import torch
 
-    from saerl_cli.rl.measure import draw, heldout_loss
+    from saerl_cli.rl.measuring.measure import draw, heldout_loss
 
     policy, points = bench.policy, []
     changes = learned(bench) if bench.config.factors else []
@@ -235,7 +235,7 @@ def point(step: int, policy: "Policy", baseline: list[float], samples: "Samples"
     """An entry of the frontier."""
     from saerl_cli.adapter import deltas
     from saerl_cli.rewards.score import TOTAL
-    from saerl_cli.rl.measure import describe, mean_and_error
+    from saerl_cli.rl.measuring.measure import describe, mean_and_error
     from saerl_cli.rl.summary import coefficient_statistics
 
     scores = samples.scores[TOTAL]
@@ -263,7 +263,7 @@ def show(run: Run, samples: "Samples") -> None:
 
 def policy_parameters(run_path: Path | str) -> int:
     """How many parameters of the policy a run trained."""
-    from saerl_cli.rl.value import is_value_parameter
+    from saerl_cli.rl.trainers.value import is_value_parameter
 
     trainable = Run(run_path).record.get("trainable", {})
     return sum(count for name, count in trainable.items() if not is_value_parameter(name))

@@ -1,6 +1,6 @@
 """What makes a trainer of TRL exact: what moves is known, numbers are finite, checkpoints resume to the bit.
 
-Everything here serves every algorithm; trainers that write completions add `saerl_cli.rl.rollouts`.
+Everything here serves every algorithm; trainers that write completions add `saerl_cli.rl.trainers.rollouts`.
 """
 
 import time
@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from saerl_cli.adapter.restraint import Restraint
-from saerl_cli.rl import checkpoint
-from saerl_cli.rl.value import is_value_parameter
+from saerl_cli.rl.trainers import checkpoint
+from saerl_cli.rl.trainers.value import is_value_parameter
 from saerl_cli.run.files import atomic_folder
 
 # TRL 1.16 uses names that transformers 5.23 renames

@@ -188,7 +188,7 @@ def near(rows: Rows, ids: Sequence[int], least: float = 0.8) -> float:
 
 
 def detect(rows: Rows, rewards: Sequence[float], decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """The detectors that `saerl_cli.rl.measure.describe` does not have, for one set of completions."""
+    """The detectors that `saerl_cli.rl.measuring.measure.describe` does not have, for one set of completions."""
     counts = Counter(map(tuple, rows))
     ids, count = max(counts.items(), key=lambda item: item[1]) if counts else ((), 0)
     token = top_token(rows)
@@ -259,7 +259,7 @@ def tricks(numbers: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
 
 
 NUMBERS = ("length", "distinct_2", "commonest", "token_entropy")
-"""Compared before and after, by the names of `saerl_cli.rl.measure.describe`."""
+"""Compared before and after, by the names of `saerl_cli.rl.measuring.measure.describe`."""
 
 RULES: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "length": (

@@ -16,7 +16,7 @@ from saerl_cli.world.pairs import Pair, read_pairs, read_pairs_with_counts
 
 if TYPE_CHECKING:
     from saerl_cli.models import Loaded
-    from saerl_cli.rl.reward_trainer import RewardTrainer
+    from saerl_cli.rl.reward_model.trainer import RewardTrainer
 
 EVALUATION_PAIRS = 16
 """Pairs scored at once."""
@@ -218,7 +218,7 @@ def build_trainer(pieces: Pieces) -> "RewardTrainer":
     import torch
     from datasets import Dataset
 
-    from saerl_cli.rl.reward_trainer import RewardTrainer, RewardTrainerConfig
+    from saerl_cli.rl.reward_model.trainer import RewardTrainer, RewardTrainerConfig
 
     config, rows = pieces.config, pieces.train
     on_cpu = config.launch.cpu or not torch.cuda.is_available()

@@ -8,8 +8,8 @@ import torch
 from saerl_cli.config.algo import AlgoKind, Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.rl.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, SFTPhases
-from saerl_cli.rl.ppo_config import PPOConfig
+from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, SFTPhases
+from saerl_cli.rl.trainers.ppo_config import PPOConfig
 
 
 def training_arguments(config: RlhfConfig, path: Path, weights: list[float]) -> PhaseSettings:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from saerl_cli.rl import ppo_math
-from saerl_cli.rl.ppo_config import PPOConfig
-from saerl_cli.rl.rollouts import RolloutTrainer
-from saerl_cli.rl.value import add_value_head, own_trunk
+from saerl_cli.rl.trainers import ppo_math
+from saerl_cli.rl.trainers.ppo_config import PPOConfig
+from saerl_cli.rl.trainers.rollouts import RolloutTrainer
+from saerl_cli.rl.trainers.value import add_value_head, own_trunk
 
 
 class PPOTrainer(RolloutTrainer, GRPOTrainer):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from saerl_cli.rewards.score import TOTAL, Reward
+from saerl_cli.rl.frozen.sampling import compact, sample
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.prompts import Prompt
-from saerl_cli.rl.sampling import compact, sample
+from saerl_cli.rl.prompts.beginnings import Prompt
 
 
 @dataclass

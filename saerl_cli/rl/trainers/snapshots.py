@@ -35,7 +35,7 @@ def save(run_path: Path, step: int, parameters: Iterable[tuple[str, Tensor]]) ->
         step: optimiser steps so far.
         parameters: the trainable ones by name; a value head's are left out.
     """
-    from saerl_cli.rl.value import is_value_parameter
+    from saerl_cli.rl.trainers.value import is_value_parameter
 
     file = run_path / "policies" / f"step-{step}.safetensors"
     file.parent.mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def load(model: Any, file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from saerl_cli.rl.checkpoint import copy_values
+    from saerl_cli.rl.trainers.checkpoint import copy_values
 
     try:
         saved = load_file(file)

@@ -20,10 +20,10 @@ from saerl_cli.activations import row_length, token_rows
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import Loaded
-from saerl_cli.rl.exact import ExactTrainer, derived_seed
-from saerl_cli.rl.examples import Example, read_examples, split_examples, training_documents
 from saerl_cli.rl.policy import reference_of
-from saerl_cli.rl.prompts import leading_tokens
+from saerl_cli.rl.prompts.beginnings import leading_tokens
+from saerl_cli.rl.prompts.examples import Example, read_examples, split_examples, training_documents
+from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.run.progress import say
 from saerl_cli.world.pairs import read_pairs
 

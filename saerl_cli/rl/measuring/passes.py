@@ -34,7 +34,7 @@ def base_passes(parts: "Parts", policy: "Policy") -> dict[str, dict[str, Any]]:
     Returns:
         Part -> prompts, samples (a prompt), and pass_at: {k: mean over prompts}.
     """
-    from saerl_cli.rl.measure import draw
+    from saerl_cli.rl.measuring.measure import draw
 
     names = [name for name, part in parts.config.reward.parts.items() if part.kind is RewardKind.verifier]
     if not names:

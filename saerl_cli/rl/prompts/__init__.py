@@ -1,0 +1,1 @@
+"""What a run learns from: beginnings of documents, questions with answers, given sequences."""
