@@ -12,9 +12,10 @@ from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig, Splice
 from saerl_cli.models import Loaded
 from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
-from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, RLOOPhases, SFTPhases
+from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, RLOOPhases, RWRPhases, SFTPhases
 from saerl_cli.rl.trainers.ppo import PPOTrainer
 from saerl_cli.rl.trainers.ppo_config import PPOConfig
+from saerl_cli.rl.trainers.regression import RWRTrainer
 from saerl_cli.rl.trainers.supervised import DPOTrainer, SFTTrainer
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
@@ -84,6 +85,7 @@ ALGOS = {
     "rloo": (RLOOTrainer, RLOOPhases, GROUPS),
     "sft": (SFTTrainer, SFTPhases, {**SUPERVISED, "dataset_kwargs": {"skip_prepare_dataset": True}}),
     "dpo": (DPOTrainer, DPOPhases, {**SUPERVISED, "max_length": None}),
+    "rwr": (RWRTrainer, RWRPhases, {**SUPERVISED, "longest": 4, "dataset_kwargs": {"skip_prepare_dataset": True}}),
 }
 """Trainer, its settings, and what a phase of 8 optimiser steps is."""
 
@@ -108,7 +110,21 @@ def preferences(count: int = 40) -> Dataset:
     )
 
 
-DATA = {"ppo": prompts, "grpo": prompts, "rloo": prompts, "sft": sequences, "dpo": preferences}
+def weighted(count: int = 40) -> Dataset:
+    """Weighted completions of different lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": [2 + i % 30, 2 + 7 * i % 30],
+                "completion_ids": [2 + (i * j) % 28 for j in range(1 + i % 3)] + [1],
+                "weight": 0.2 + (i % 5),
+            }
+            for i in range(count)
+        ]
+    )
+
+
+DATA = {"ppo": prompts, "grpo": prompts, "rloo": prompts, "sft": sequences, "dpo": preferences, "rwr": weighted}
 
 
 def build_trainer(
@@ -128,7 +144,7 @@ def build_trainer(
     if chosen is None:
         model.requires_grad_(True)
     kind, config, phase = ALGOS[algo]
-    if algo not in ("sft", "dpo"):
+    if algo in ("ppo", "grpo", "rloo"):
         extra["reward_funcs"] = reward
     defaults = {
         **phase,

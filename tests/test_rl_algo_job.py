@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from rl_fixtures import tiny_sae
@@ -24,6 +25,7 @@ ALGOS = {
     "rloo": {**ROLLOUTS, "epochs": 1},
     "sft": {**SUPERVISED, "attribute": "arithmetic"},
     "dpo": {**SUPERVISED, "pairs": {"count": 64, "heldout": 16}, "kl_coef": 0.1},
+    "rwr": {**SUPERVISED, "draws": 64, "group": 8, "kl_coef": 0.4},
 }
 
 
@@ -62,7 +64,7 @@ def test_a_run_its_files_and_its_resume(saes, tmp_path, monkeypatch, algo):
     summary, metrics = whole.read_summary(), lines(whole.path / "metrics.jsonl")
     assert summary["algo"] == algo and summary["frozen_unchanged"] is True
     assert (summary["value_parameters"] > 0) == (algo == "ppo")
-    assert summary["samples"] == {"sft": 96, "dpo": 96}.get(algo, 48)
+    assert summary["samples"] == {"sft": 96, "dpo": 96, "rwr": 96}.get(algo, 48)
     assert summary.keys() >= {"reward_after", "kl", "kl_exact", "nll_heldout_after", "top_features", "warnings"}
     assert [row["phase"] for row in metrics] == [1, 2, 3]
     assert all(math.isfinite(value) for row in metrics for value in row.values())
@@ -96,12 +98,30 @@ def killed_after(phases: int):
     return progress
 
 
-@pytest.mark.parametrize("algo", ["grpo", "rloo", "sft", "dpo"])
+@pytest.mark.parametrize("algo", ["grpo", "rloo", "sft", "dpo", "rwr"])
 def test_every_weight(tmp_path, algo):
     run = do(tmp_path, settings(algo, None))
     summary = run.read_summary()
     assert summary["kl_exact"] > 0 and (run.path / "model" / "model.safetensors").is_file()
     assert summary["trainable_parameters"] > 40_000 and summary["value_parameters"] == 0
+
+
+def test_draws_are_kept_and_weigh_what_the_reward_says(saes, tmp_path):
+    run = do(tmp_path, settings("rwr", saes))
+    drawn = lines(run.path / "draws.jsonl")
+    assert len(drawn) == 64 and len({row["prompt"] for row in drawn}) == 8
+    rewards = torch.tensor([row["reward"] for row in drawn]).view(8, 8)
+    weights = torch.tensor([row["weight"] for row in drawn]).view(8, 8)
+    torch.testing.assert_close(weights.sum(1), torch.full((8,), 8.0))
+    for rows, own in zip(rewards, weights, strict=True):
+        assert torch.allclose((own / own[0]).log(), (rows - rows[0]) / 0.4, atol=1e-4)
+    record = run.record["draws"]
+    assert record["completions"] == 64 and 1 <= record["effective_a_prompt"] <= 8
+
+
+def test_more_draws_than_prompts_are_refused(saes, tmp_path):
+    with pytest.raises(ValueError, match=r"algo\.draws=1000000 at algo\.group=2 takes 500000 prompts, but there are"):
+        do(tmp_path, settings("rwr", saes, "algo.draws=1000000", "algo.group=2"))
 
 
 @pytest.mark.parametrize("value", ["nan", "None", "'high'", "[1.0]"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from rl_fixtures import build_trainer, good_share, prompts, tiny_model, trained
 from safetensors.torch import load_file
 from trl.trainer.rloo_trainer import RLOOTrainer as TRLRLOOTrainer
@@ -12,10 +13,11 @@ from saerl_cli.rl.proof import all_tensors, frozen_hashes
 from saerl_cli.rl.trainers.exact import Diverged
 from saerl_cli.rl.trainers.kl_control import HIGHEST, LOWEST, next_coefficient
 from saerl_cli.rl.trainers.normalise import Normaliser
+from saerl_cli.rl.trainers.regression import effective_number, optimal_weights
 from saerl_cli.rl.trainers.supervised import EpochOrder
 from saerl_cli.rl.trainers.value import is_value_parameter
 
-ALGOS = ("grpo", "rloo", "sft", "dpo")
+ALGOS = ("grpo", "rloo", "sft", "dpo", "rwr")
 GROUPS = ("grpo", "rloo")
 
 
@@ -122,7 +124,7 @@ def test_dropout_is_off(tmp_path, algo):
     assert dropouts and not any(dropouts)
 
 
-@pytest.mark.parametrize("algo", ["sft", "dpo"])
+@pytest.mark.parametrize("algo", ["sft", "dpo", "rwr"])
 def test_learns_what_it_is_shown(tmp_path, algo):
     _, rows = run(tmp_path, algo=algo, phases=8, adapter="full")
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
@@ -137,7 +139,7 @@ def test_learns_the_planted_reward(tmp_path, algo):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.15
 
 
-@pytest.mark.parametrize("algo", ["sft", "dpo"])
+@pytest.mark.parametrize("algo", ["sft", "dpo", "rwr"])
 def test_too_few_rows_are_refused(tmp_path, algo):
     with pytest.raises(ValueError, match="there are 40 sequences or pairs, but one optimiser step takes 64"):
         build_trainer(tmp_path, algo=algo, per_device_train_batch_size=64)
@@ -149,6 +151,31 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, algo):
     next(p for _, p in trainer.trainable()).register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(Diverged, match="phase 1 .*a gradient is not finite"):
         trainer.train()
+
+
+def test_weighted_likelihood_finds_the_kl_optimal_policy(tmp_path):
+    model, beta, prompt = tiny_model(tmp_path / "model"), 0.5, [5, 9]
+    reference = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach().double().softmax(-1)  # [vocabulary]
+    rewards = torch.linspace(0, 1, len(reference), dtype=torch.float64).roll(7)
+    best = reference * (rewards / beta).exp()
+    best /= best.sum()
+    weights = (best * len(best)).tolist()  # of every one-token completion, each drawn once
+    rows = [{"prompt_ids": prompt, "completion_ids": [v], "weight": w} for v, w in enumerate(weights)]
+    settings = {"per_device_train_batch_size": len(rows), "learning_rate": 3e-3, "longest": 1}
+    trainer, _ = run(
+        tmp_path, adapter="full", algo="rwr", model=model, train_dataset=Dataset.from_list(rows), phases=30, **settings
+    )
+    found = trainer.model(input_ids=torch.tensor([prompt])).logits[0, -1].detach().double().softmax(-1)
+    kl = (best * (best / found).log()).sum().item()
+    before = (best * (best / reference).log()).sum().item()
+    assert kl < 0.002 < 0.05 < before
+
+
+def test_weights_of_the_optimal_policy_by_hand():
+    weights = optimal_weights(torch.tensor([[0.0, 1.0], [3.0, 3.0]]), beta=0.5)
+    share = math.exp(2) / (1 + math.exp(2))
+    assert weights.tolist() == [pytest.approx([2 * (1 - share), 2 * share]), pytest.approx([1, 1])]
+    assert effective_number(weights) == pytest.approx((1 / (share**2 + (1 - share) ** 2) + 2) / 2)
 
 
 def test_the_order_of_rows_is_a_function_of_seed_and_epoch():

@@ -25,7 +25,7 @@ WORDS = [
 @pytest.mark.parametrize(
     ("adapter", "algo"),
     [
-        *(("sparse_coeffs", algo) for algo in ("ppo", "grpo", "rloo", "sft", "dpo")),
+        *(("sparse_coeffs", algo) for algo in ("ppo", "grpo", "rloo", "sft", "dpo", "rwr")),
         *((adapter, "ppo") for adapter in ("full", "lora", "bias_only", "gated")),
     ],
 )

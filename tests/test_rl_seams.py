@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from rl_fixtures import build_trainer, preferences, sequences, tiny_model, word_tokenizer
+from rl_fixtures import build_trainer, preferences, sequences, tiny_model, weighted, word_tokenizer
 from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -85,6 +85,20 @@ def test_tokenised_rows_are_taken_as_they_are(tmp_path):
     length = len(pair["prompt_ids"] + pair["chosen_ids"])
     assert batch["input_ids"][1, :length].tolist() == pair["prompt_ids"] + pair["chosen_ids"], "chosen rows come first"
     assert batch["completion_mask"][1].sum() == len(pair["chosen_ids"])
+
+
+def test_the_loss_of_reward_weighted_regression_is_what_it_is_called(tmp_path):
+    trainer = build_trainer(tmp_path, algo="rwr", temperature=0.7, longest=4)
+    move(trainer)
+    trainer.model.eval()
+    rows = [weighted()[i] for i in range(5)]
+    total = 0.0
+    for row in rows:  # one at a time, without padding
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        logp = (trainer.model(input_ids=ids).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        total -= row["weight"] * logp[-len(row["completion_ids"]) :].sum()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    torch.testing.assert_close(loss, total / 5 / 4)
 
 
 def test_the_losses_of_sft_and_dpo_are_what_they_are_called(tmp_path):

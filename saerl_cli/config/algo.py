@@ -21,6 +21,9 @@ class AlgoKind(Enum):
     """Supervised: the likelihood of documents, or of completions of prompts."""
     dpo = "dpo"
     """From preference pairs, without sampling (Rafailov et al. 2023)."""
+    rwr = "rwr"
+    """Reward-weighted regression: the KL-optimal policy fitted by likelihood, from completions of the untouched model
+    weighted with exp(reward / beta) (Peters and Schaal 2007)."""
 
 
 class Schedule(Enum):
@@ -42,14 +45,16 @@ class Critic(Enum):
 
 
 PPO, ROLLOUTS = (AlgoKind.ppo,), (AlgoKind.ppo, AlgoKind.grpo, AlgoKind.rloo)
-SUPERVISED = (AlgoKind.sft, AlgoKind.dpo)
+SUPERVISED = (AlgoKind.sft, AlgoKind.dpo, AlgoKind.rwr)
 BELONGS: dict[str, tuple[AlgoKind, ...]] = {
     **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "value_lr", "whiten_advantages"), PPO),
     **dict.fromkeys(("critic", "critic_warmup", "entropy_coef", "stop_epochs_kl"), PPO),
-    **dict.fromkeys(("rollouts", "group", "minibatches", "epochs", "cliprange"), ROLLOUTS),
+    **dict.fromkeys(("rollouts", "minibatches", "epochs", "cliprange"), ROLLOUTS),
     **dict.fromkeys(("kl_target", "kl_gain", "missing_eos_penalty", "prefix_cache"), ROLLOUTS),
     **dict.fromkeys(("batch_size", "steps"), SUPERVISED),
-    "kl_coef": (*ROLLOUTS, AlgoKind.dpo),
+    "kl_coef": (*ROLLOUTS, AlgoKind.dpo, AlgoKind.rwr),
+    "group": (*ROLLOUTS, AlgoKind.rwr),
+    "draws": (AlgoKind.rwr,),
     "scale_rewards": (AlgoKind.grpo,),
     "pairs": (AlgoKind.dpo,),
     "examples": (AlgoKind.sft,),
@@ -57,7 +62,7 @@ BELONGS: dict[str, tuple[AlgoKind, ...]] = {
 }
 """Settings that not every algorithm has, and which have them."""
 
-GROUPS = {AlgoKind.ppo: 1, AlgoKind.grpo: 16, AlgoKind.rloo: 4}
+GROUPS = {AlgoKind.ppo: 1, AlgoKind.grpo: 16, AlgoKind.rloo: 4, AlgoKind.rwr: 32}
 """Completions a prompt where the settings leave it open; 16 because one good answer may take a dozen tries."""
 
 
@@ -66,24 +71,26 @@ class AlgoConfig:
     """The algorithm and its settings.
 
     A phase of ppo, grpo and rloo writes `rollouts` completions, then makes epochs x minibatches optimiser steps on
-    them; a phase of sft and dpo is `steps` optimiser steps of `batch_size` sequences or pairs.
+    them; a phase of sft, dpo and rwr is `steps` optimiser steps of `batch_size` sequences or pairs.
     """
 
     kind: AlgoKind = AlgoKind.ppo
-    """ppo, grpo, rloo, sft or dpo; `algo=NAME` also sets what suits it."""
+    """ppo, grpo, rloo, sft, dpo or rwr; `algo=NAME` also sets what suits it."""
     phases: int = 60
     """Phases of the run; episodes = phases x rollouts."""
     rollouts: int = 64
     """Completions a phase, over all processes (ppo, grpo, rloo)."""
     group: int | None = None
-    """Completions a prompt, a divisor of `rollouts`: 1 for ppo, 16 for grpo, 4 for rloo when empty; at least 2 where
-    the group is the baseline (ppo, grpo, rloo)."""
+    """Completions a prompt, a divisor of `rollouts`, or of `draws`: 1 for ppo, 16 for grpo, 4 for rloo, 32 for rwr when
+    empty; at least 2 but for ppo (ppo, grpo, rloo, rwr)."""
+    draws: int = 8192
+    """Completions of the untouched model to learn from, drawn once (rwr)."""
     minibatches: int = 4
     """Optimiser steps an epoch; divides rollouts / processes (ppo, grpo, rloo)."""
     steps: int = 10
-    """Optimiser steps a phase (sft, dpo)."""
+    """Optimiser steps a phase (sft, dpo, rwr)."""
     batch_size: int = 32
-    """Sequences or pairs an optimiser step, over all processes (sft, dpo)."""
+    """Sequences or pairs an optimiser step, over all processes (sft, dpo, rwr)."""
     micro_batch: int | None = None
     """Sequences a process puts through the model at once in scoring and updates (gradients add up); divides what a
     process has of an optimiser step, which it is when empty."""
@@ -98,7 +105,7 @@ class AlgoConfig:
     """Of sampling and scoring alike; a reported KL is that of the tempered policies."""
     kl_coef: float = 0.05
     """beta, > 0: the weight of log pi - log pi_ref in the reward (ppo, rloo), of k3 in the loss (grpo), or the
-    temperature of the implicit reward (dpo)."""
+    temperature of the implicit reward (dpo) or of the optimal policy (rwr)."""
     kl_target: float | None = None
     """Nats per completion at the end of the run; when given, beta adapts to reach it (ppo, grpo, rloo)."""
     kl_gain: float = 3.0
@@ -148,7 +155,7 @@ class AlgoConfig:
 
     def __post_init__(self) -> None:
         self.refuse_foreign_settings()
-        for name in ("phases", "rollouts", "minibatches", "epochs", "max_new_tokens", "steps", "batch_size"):
+        for name in ("phases", "rollouts", "minibatches", "epochs", "max_new_tokens", "steps", "batch_size", "draws"):
             refuse_unless(getattr(self, name) >= 1, f"algo.{name} must be >= 1, got {getattr(self, name)}")
         for name in ("temperature", "kl_coef", "kl_gain", "value_lr", "max_grad_norm", "cliprange"):
             refuse_unless(getattr(self, name) > 0, f"algo.{name} must be > 0, got {getattr(self, name)}")
@@ -174,6 +181,11 @@ class AlgoConfig:
         )
         if self.samples:
             self.refuse_uneven_phases()
+        if self.kind is AlgoKind.rwr:
+            refuse_unless(
+                self.group_size >= 2 and self.draws % self.group_size == 0,
+                f"algo.group={self.group_size} must be at least 2 and divide algo.draws={self.draws}",
+            )
 
     @property
     def samples(self) -> bool:

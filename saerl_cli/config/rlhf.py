@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from saerl_cli.config.adapter import AdapterConfig
-from saerl_cli.config.algo import AlgoConfig
+from saerl_cli.config.adapter import AdapterConfig, Splice
+from saerl_cli.config.algo import AlgoConfig, AlgoKind
 from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, Precision, refuse_unless
-from saerl_cli.config.reward import RewardConfig
+from saerl_cli.config.reward import Normalise, RewardConfig
 
 
 class PromptKind(Enum):
@@ -109,6 +109,16 @@ class RlhfConfig:
             algo.stop_epochs_kl is None or self.launch.mixed_precision is not Precision.fp16,
             "algo.stop_epochs_kl does not go with launch.mixed_precision=fp16, whose scaler cannot pass over a step;"
             " write bf16",
+        )
+        refuse_unless(
+            algo.samples or (self.reward.normalise is Normalise.none and self.reward.clip is None),
+            f"reward.normalise and reward.clip change what ppo, grpo and rloo learn from; leave them out for"
+            f" algo={algo.kind.value}",
+        )
+        refuse_unless(
+            algo.kind is not AlgoKind.rwr or self.adapter.splice is not Splice.reconstruct,
+            "algo=rwr learns from the untouched model, which is not the reference of adapter.splice=reconstruct; write"
+            " adapter.splice=error_preserving",
         )
         if algo.samples:
             per_process = processes * algo.minibatches

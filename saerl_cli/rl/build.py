@@ -24,6 +24,7 @@ from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
 from saerl_cli.rl.trainers.normalise import Normaliser
 from saerl_cli.rl.trainers.ppo import PPOTrainer
+from saerl_cli.rl.trainers.regression import RWRTrainer, draws
 from saerl_cli.rl.trainers.rollouts import RolloutTrainer
 from saerl_cli.rl.trainers.supervised import DPOTrainer, Examples, SFTTrainer, build_examples
 from saerl_cli.run.directory import Run
@@ -34,6 +35,7 @@ TRAINERS: dict[AlgoKind, Callable[..., ExactTrainer]] = {
     AlgoKind.rloo: RLOOTrainer,
     AlgoKind.sft: SFTTrainer,
     AlgoKind.dpo: DPOTrainer,
+    AlgoKind.rwr: RWRTrainer,
 }
 PURPOSES = ("shown", "spread", "summary", "passes")
 """What samples beside training are drawn for, each with a seed of its own."""
@@ -75,7 +77,12 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
         refuse_few_questions(len(prompts), config.algo)
     rows = heldout_rows(config, loaded.context_size, loaded.tokenizer, heldout)
     saes = dictionaries(config.adapter, loaded, rows, run)
-    examples = None if config.algo.samples else build_examples(config, loaded)
+    examples = None
+    if config.algo.kind is AlgoKind.rwr:
+        drawn = draws(config, run, loaded.model, loaded.tokenizer, eos_token_ids(loaded), prompts, reward)
+        examples = Examples(drawn, drawn.select([]))
+    elif not config.algo.samples:
+        examples = build_examples(config, loaded)
     return Parts(config, run, loaded, reward, prompts, heldout_prompts, rows, saes, examples)
 
 

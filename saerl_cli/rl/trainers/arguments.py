@@ -8,7 +8,7 @@ import torch
 from saerl_cli.config.algo import AlgoKind, Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, SFTPhases
+from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, RWRPhases, SFTPhases
 from saerl_cli.rl.trainers.ppo_config import PPOConfig
 
 
@@ -19,6 +19,11 @@ def training_arguments(config: RlhfConfig, path: Path, weights: list[float]) -> 
         return SFTPhases(**shared, **supervised_arguments(config), dataset_kwargs={"skip_prepare_dataset": True})
     if algo.kind is AlgoKind.dpo:
         return DPOPhases(**shared, **supervised_arguments(config), beta=algo.kl_coef, max_length=None)
+    if algo.kind is AlgoKind.rwr:
+        tempered = {"temperature": algo.temperature, "longest": algo.max_new_tokens}
+        return RWRPhases(
+            **shared, **supervised_arguments(config), **tempered, dataset_kwargs={"skip_prepare_dataset": True}
+        )
     rollouts = shared | rollout_arguments(config, weights)
     if algo.kind is AlgoKind.grpo:
         scale = "group" if algo.scale_rewards else "none"

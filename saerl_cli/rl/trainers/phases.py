@@ -102,3 +102,11 @@ class SFTPhases(SupervisedSettings, SFTConfig):
 @dataclass
 class DPOPhases(SupervisedSettings, DPOConfig):
     """DPOConfig in phases."""
+
+
+@dataclass
+class RWRPhases(SFTPhases):
+    """SFTPhases for weighted completions."""
+
+    temperature: float = field(default=1.0, metadata={"help": "Of the policies, in scoring as in sampling."})
+    longest: int = field(default=1, metadata={"help": "Tokens of the longest completion; divides the loss."})
