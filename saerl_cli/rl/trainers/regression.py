@@ -2,8 +2,8 @@
 
 The best policy at its KL is `pi* ~ pi_ref exp(r / beta)`. Of many completions of a prompt that the reference wrote,
 each weighs `w_i ~ exp(r_i / beta)` as pi* would have it, and maximum likelihood under these weights minimises
-KL(pi* || pi) over what the adapter can express (Peters and Schaal 2007; for language models Korbak et al. 2022). What such a fit lacks
-is missing from the class of policies; what PPO lacks beside it is missing from PPO.
+KL(pi* || pi) over what the adapter can express (Peters and Schaal 2007; for language models Korbak et al. 2022). What
+such a fit lacks is missing from the class of policies; what PPO lacks beside it is missing from PPO.
 
 RUN/draws.jsonl     the completions, a line each: {prompt, completion_ids, reward, weight}
 """
