@@ -12,7 +12,8 @@ import pytest
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, sha256_file, write_json
-from saerl_cli.run.preflight import refuse_changed_saes
+from saerl_cli.run.preflight import SAE_WEIGHTS, refuse_changed_saes
+from saerl_cli.sae.files.saelens import WEIGHTS_FILE
 
 
 def test_the_record_of_a_run_keeps_what_an_earlier_start_wrote(tmp_path):
@@ -209,6 +210,7 @@ def test_a_run_is_not_resumed_on_an_sae_that_changed(tmp_path):
     weights = tmp_path / "sae" / "sae_weights.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
+    (weights.parent / "sparsity.safetensors").write_bytes(b"which other tools write beside them")
     run = Run(tmp_path / "run")
     run.start("rlhf")
     run.update(inputs={"sae": {"mlp_out.1": {"path": str(weights.parent), "sha256": sha256_file(weights)}}})
@@ -217,6 +219,7 @@ def test_a_run_is_not_resumed_on_an_sae_that_changed(tmp_path):
         pass
     refuse_changed_saes(run.path)
     weights.write_bytes(b"other weights")
+    assert SAE_WEIGHTS == WEIGHTS_FILE
     with pytest.raises(ValueError, match=r"begun with another SAE at mlp_out\.1: .* take another hydra\.run\.dir"):
         refuse_changed_saes(run.path)
 

@@ -16,6 +16,8 @@ from saerl_cli.run.words import sweep_points
 
 MAY_CHANGE = ("launch.threads", "launch.trackers", "activations.prefetch", "activations.cache_gb", "algo.prefix_cache")
 """Settings that may differ when a run is resumed."""
+SAE_WEIGHTS = "sae_weights.safetensors"
+"""The file by whose hash a run names an SAE."""
 
 
 def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multirun: bool) -> Path | None:
@@ -126,12 +128,12 @@ def refuse_changed_saes(folder: Path) -> None:
     """Refuse to resume a run whose SAEs are no longer the files it began with."""
     run = Run(folder)
     for site, sae in run.record.get("inputs", {}).get("sae", {}).items() if run.checkpoints() else ():
-        for weights in Path(sae["path"]).glob("*.safetensors"):
-            if (found := sha256_file(weights)) != sae["sha256"]:
-                raise ValueError(
-                    f"{shown(folder)} was begun with another SAE at {site}: {sae['path']} had sha256"
-                    f" {sae['sha256'][:12]}, now {found[:12]}; put it back, or take another hydra.run.dir"
-                )
+        weights = Path(sae["path"]) / SAE_WEIGHTS
+        if weights.is_file() and (found := sha256_file(weights)) != sae["sha256"]:
+            raise ValueError(
+                f"{shown(folder)} was begun with another SAE at {site}: {sae['path']} had sha256"
+                f" {sae['sha256'][:12]}, now {found[:12]}; put it back, or take another hydra.run.dir"
+            )
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
