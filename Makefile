@@ -10,7 +10,7 @@ CODE := saerl_cli tests experiments
 .PHONY: help setup demo test test-slow test-dist test-slurm test-gpu test-browser check format wheel clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | expand -t 14
 
 setup: $(READY) ## Make .venv with the exact versions of constraints.txt
 
@@ -21,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## Run the main job end to end on the embedded model (minutes, no network)
 	$(BIN)/saerl demo
+
+reproduce-%: $(READY) ## Repeat an experiment and compare: make reproduce-001-demo ARGS=--dry-run
+	$(BIN)/saerl reproduce $* $(ARGS)
 
 test: check ## Check, then run the default tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"

@@ -183,6 +183,37 @@ def report(
         raise typer.Exit(1) from None
 
 
+@app.command("reproduce")
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An experiment, as 001-demo; or a YAML file of one.")],
+    variables: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What the experiment needs, as model=DIR.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of its runs; runs/reproduce/NAME if empty.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="CPU cores, or jobs on a cluster at a time.")] = None,
+    scale: Annotated[str, typer.Option("--scale", help="full, or small: only shows that every stage runs.")] = "full",
+    on: Annotated[str, typer.Option("--on", help="Where stages run: local or slurm.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, commands, time and memory.")] = False,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="Run without comparing with the record.")] = False,
+) -> None:
+    """Repeat an experiment and compare it with its recorded numbers.
+
+    Finished stages are skipped, also after a kill: repeat the command. Exit code 0 when everything agrees.
+    """
+    from saerl_cli.reproduce.command import reproduce as work
+    from saerl_cli.run.bridge import refuse, stoppable
+
+    try:
+        with stoppable():
+            code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
+    except ValueError as error:
+        refuse(error)
+    except OSError as error:  # a full disk
+        typer.echo(f"saerl: {error}", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
+
+
 @app.command("runs")
 def runs(
     folders: Annotated[

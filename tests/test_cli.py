@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "export",
     "report",
+    "reproduce",
     "runs",
     "completion",
 )
@@ -114,7 +115,7 @@ def test_every_model_composes(path):
     [
         (name, f"{folder.name}={file.stem}")
         for folder in sorted((ROOT / "conf").iterdir())
-        if folder.is_dir() and folder.name not in ("model", "experiment", "local", "hydra")
+        if folder.is_dir() and folder.name not in ("model", "experiment", "pipeline", "local", "hydra")
         for file in sorted(folder.glob("*.yaml"))
         for name in (["train_sae"] if folder.name in ("site", "sae") else ["rlhf"])
     ],

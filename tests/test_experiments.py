@@ -1,4 +1,4 @@
-"""Every experiment composes by the command in its header and has its evidence."""
+"""Every experiment composes by the command in its header and has its evidence; the index says what the cards say."""
 
 import json
 import re
@@ -46,5 +46,74 @@ def test_card_is_complete_and_its_numbers_are_in_its_results(card):
     results = json.loads((card.parent / "results.json").read_text())
     assert {"hardware", "versions", "commit", "runs"} <= results.keys()
     assert all("seed" in run for run in results["runs"])
-    index = (ROOT / "experiments" / "README.md").read_text()
-    assert f"({card.parent.name}/README.md)" in index
+
+
+# --- the index -------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("card", "question", "result", "seeds", "hardware", "cost, core-hours", "commit", "status")
+RENAMED = {"algo.kl_horizon": "algo.kl_gain", "sae.buffer_tokens": "activations.buffer_tokens"}
+"""Settings that resolved configs of older cards still have; in CHANGELOG.md."""
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def index() -> dict[str, dict[str, str]]:
+    """Rows of the table of experiments/README.md, by folder of the card."""
+    text = (ROOT / "experiments" / "README.md").read_text()
+    lines = [line for line in text.partition("\n\n## ")[0].splitlines() if line.startswith("|")]
+    assert tuple(cells(lines[0])) == COLUMNS
+    rows = [dict(zip(COLUMNS, cells(line), strict=True)) for line in lines[2:]]
+    return {re.findall(r"\(([^/]+)/README\.md\)", row["card"])[0]: row for row in rows}
+
+
+def facts(results: dict) -> dict[str, str]:
+    """The cells that follow from results.json; a dash where nothing was run."""
+    commits = [results["commit"]] if isinstance(results["commit"], str) else results["commit"] or []
+    more = f" +{len(commits) - 1}" if len(commits) > 1 else ""
+    hours, hardware = results.get("core_hours"), results["hardware"] or ""
+    cores = re.match(r"(\d+) cores", hardware)
+    return {
+        "hardware": f"{cores[1]} CPU cores" if cores else hardware or "–",
+        "cost, core-hours": "–" if hours is None else f"{hours:g}",
+        "commit": commits[0][:7] + more if commits else "–",
+    }
+
+
+def test_the_index_has_every_card_once_in_order():
+    assert list(index()) == [card.parent.name for card in CARDS]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_the_index_says_what_the_card_says(card):
+    row = index()[card.parent.name]
+    results = json.loads((card.parent / "results.json").read_text())
+    assert {key: row[key] for key in facts(results)} == facts(results)
+    assert row["question"].endswith("?")
+    assert row["status"] and row["result"]
+    if not results["runs"]:
+        assert row["seeds"] == "–" and "not run" in row["status"]
+        return
+    text = card.read_text()
+    known = set(re.findall(r"\d[\d,.]*\d|\d", text))
+    known |= {f"{float(number.replace(',', '')):.0f}" for number in known if number.count(".") == 1}  # 92.4 as 92
+    missing = [n for n in re.findall(r"\d[\d,.]*\d|\d", row["result"]) if n not in known]
+    assert not missing, f"the card does not have {missing}"
+
+
+@pytest.mark.parametrize(
+    "card", [c for c in CARDS if (c.parent / "config.yaml").is_file()], ids=lambda c: c.parent.name
+)
+def test_the_resolved_settings_of_a_card_still_compose(card):
+    """Every setting of config.yaml exists today, in the command that it belongs to."""
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.load(card.parent / "config.yaml")
+    for key in RENAMED:
+        group, name = key.split(".")
+        if group in cfg and name in cfg[group]:
+            del cfg[group][name]
+    job = next(name for key, name in (("policy", "audit"), ("algo", "rlhf"), ("sae", "train_sae")) if key in cfg)
+    typed(cfg, resolve(JOBS[job].schema))

@@ -52,6 +52,15 @@ def join(folder: Path) -> None:
         write_json(folder / LOCK, lock | {"worker": this_process()})
 
 
+def name_worker(folder: Path, pid: int) -> None:
+    """Name a child of this process, which holds the lock, as its worker: it may outlive this process."""
+    with guarded(folder):
+        lock = read_lock(folder)
+        if lock is None or lock["command"] != this_process():
+            raise InUse(f"{folder} is not locked by this process")
+        write_json(folder / LOCK, lock | {"worker": {"pid": pid, "started": psutil.Process(pid).create_time()}})
+
+
 def release(folder: Path) -> None:
     """Remove the lock if this process's command holds it."""
     with guarded(folder):
