@@ -34,8 +34,8 @@ test-slow: $(READY) ## Run the tests that take minutes
 test-dist: $(READY) ## Run the tests that start two processes
 	$(BIN)/python -m pytest -m "dist and not gpu and not slurm"
 
-test-slurm: $(READY) ## Run the tests that need a running Slurm
-	$(BIN)/python -m pytest -m slurm
+test-slurm: $(READY) ## Bring up a Slurm of two nodes here, test on it, take it down
+	$(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 test-gpu: $(READY) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -113,8 +113,13 @@ def audit(overrides: Overrides = None, help: Help = False) -> None:
 
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
-    """Compare evaluated policies at equal KL."""
-    hydra("compare", overrides)
+    """Compare evaluated policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
+    from saerl_cli.run.words import quoted_list
+
+    words = overrides or []
+    folders = [word for word in words if "=" not in word and Path(word).is_dir()]
+    sugar = [f"runs={quoted_list(','.join(folders))}"] if folders else []
+    hydra("compare", [*sugar, *(word for word in words if word not in folders)])
 
 
 @app.command("export")

@@ -11,7 +11,7 @@ from typing import Any
 
 from saerl_cli.config.groups import LaunchConfig, SiteConfig, refuse_unless
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json, write_json
+from saerl_cli.run.files import read_json, write_json, write_safetensors
 from saerl_cli.run.jobs import JOBS, Job
 from saerl_cli.run.progress import progress
 
@@ -47,11 +47,13 @@ def check(config: StubConfig) -> None:
 
 
 def work(config: StubConfig, run: Run, accelerator: Any) -> float:
-    """Sum rank + 1 over ranks and steps, with a checkpoint after every step."""
+    """Sum rank + 1 over ranks and steps, and walk at random, with a checkpoint after every step."""
     import torch
+    from safetensors.torch import load_file
 
     latest = run.latest_checkpoint()
     start, total = (latest[0], read_json(latest[1] / "total.json")) if latest else (0, 0.0)
+    walk = load_file(latest[1] / "walk.safetensors")["walk"] if latest else torch.zeros(100)
     run.truncate(start)
     for step in progress(range(start, config.steps), "counting"):
         if step == config.at and start == 0 and accelerator.process_index == config.rank:
@@ -59,10 +61,14 @@ def work(config: StubConfig, run: Run, accelerator: Any) -> float:
         time.sleep(config.step_seconds)
         share = torch.tensor(accelerator.process_index + 1.0)
         total += accelerator.reduce(share, "sum").item()
+        walk = 0.9 * walk + torch.randn(100, generator=torch.Generator().manual_seed(config.seed + 1000 * step))
         run.log(step + 1, total=total)
         if accelerator.is_main_process:
             with run.save_checkpoint(step + 1) as folder:
                 write_json(folder / "total.json", total)
+                write_safetensors(folder / "walk.safetensors", {"walk": walk})
+    if accelerator.is_main_process:
+        write_safetensors(run.path / "walk.safetensors", {"walk": walk})
     run.summary({"total": total, "world": accelerator.num_processes, "threads": torch.get_num_threads()})
     return total - config.seed
 
@@ -82,27 +88,36 @@ def misbehave(end: End, run: Run) -> None:
 
 def work_here(config: StubConfig, run: Run) -> float:
     """Work without worker processes, as the demo's."""
-    if config.end is End.hang:
+    here = f"steps={config.steps}"
+    if config.end is End.hang or os.environ.get("SAERL_TEST_HANG") == here:
         time.sleep(600)
+    if os.environ.get("SAERL_TEST_FAIL") == here:
+        raise ValueError("no luck")
     run.summary({"steps": config.steps})
     return float(config.steps)
 
 
+def add_jobs() -> None:
+    """Make the stub a job, with workers and without."""
+    for name, target in (("stub", "stub_command:work"), ("stub_here", "stub_command:work_here")):
+        JOBS[name] = Job("stub_command:StubConfig", "stub_command:check", target, launches=name == "stub")
+
+
 def register() -> None:
-    """Make the stub a job with a root config of its own, kept in Hydra's store instead of a file."""
+    """Make the stub a command with a root config of its own, kept in Hydra's store instead of a file."""
     from hydra.core.config_store import ConfigStore
 
-    for name, launches in (("stub", True), ("stub_here", False)):
-        target = "stub_command:work" if launches else "stub_command:work_here"
-        JOBS[name] = Job("stub_command:StubConfig", "stub_command:check", target, launches)
+    add_jobs()
+    for name in ("stub", "stub_here"):
         groups = [f"{name}_schema", "run_dirs", {"site": "mlp_out"}, {"launch": "one"}, "_self_"]
         root = {"defaults": [*groups, {"override hydra/job_logging": "disabled"}], "hydra": {"job": {"name": name}}}
         ConfigStore.instance().store(name=name, node=root)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    here = Path(__file__).parent
+    sys.path.insert(0, str(here))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "site"), os.environ.get("PYTHONPATH", "")])
     from saerl_cli.run import bridge, launch
 
     if os.environ.get("SAERL_TEST_ALONE"):  # ranks that do not know of each other

@@ -65,8 +65,13 @@ class EvaluationConfig:
     """Completions of such a look, at least 8."""
     heldout_tokens: int = 20_000
     """Held-out tokens for the language-modelling loss, at most what there is."""
+    kl_limit: float | None = None
+    """Nats per completion, > 0: what a sweeper optimises is the reward after training, but a run whose exact KL exceeds
+    this counts as worse than the untouched model; see `saerl_cli.rl.outcome.objective`. No limit when empty."""
 
     def __post_init__(self) -> None:
+        limit = self.kl_limit
+        refuse_unless(limit is None or limit > 0, f"evaluation.kl_limit must be > 0, got {limit}")
         refuse_unless(self.samples >= 2 and self.batch_size >= 1, "evaluation.samples must be >= 2, batch_size >= 1")
         refuse_unless(self.tracked >= 8, f"evaluation.tracked must be >= 8, got {self.tracked}")
         refuse_unless(self.every >= 0 and self.heldout_tokens >= 1, "evaluation.every must be >= 0")

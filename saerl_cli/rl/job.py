@@ -26,7 +26,7 @@ SHOWN_SAMPLES = 8
 
 
 def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:
-    """Train, prove the restriction, save, measure; returns the reward after training.
+    """Train, prove the restriction, save, measure; returns what a sweeper optimises, the reward after training.
 
     Raises:
         ValueError: what only loading can find out, a frozen tensor that moved, or (`Diverged`) a number that is not
@@ -41,6 +41,7 @@ def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:
 def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     """What `work` does."""
     from saerl_cli.rl.build import build_parts, build_trainer, policy_of
+    from saerl_cli.rl.outcome import objective
     from saerl_cli.rl.proof import frozen_hashes, refuse_moved
     from saerl_cli.rl.summary import summarise
 
@@ -58,16 +59,16 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     train(trainer, parts, policy, checkpoint)
     refuse_moved(frozen, frozen_hashes(trainer), run)
     save_policy(trainer, parts)
-    reward = 0.0
+    result = 0.0
     if run.writes:  # the other processes wait, so that the numbers do not depend on how many there are
         numbers = summarise(parts, trainer, policy)
         run.summary(numbers)
         say(outcome(numbers))
         for warning in numbers["warnings"]:
             say(f"WARNING: {warning}")
-        reward = numbers["reward_after"]
+        result = objective(numbers, config.evaluation.kl_limit)
     accelerator.wait_for_everyone()
-    return reward
+    return result
 
 
 def record_inputs(parts: "Parts", trainer: "ExactTrainer") -> None:

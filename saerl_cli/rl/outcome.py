@@ -1,6 +1,7 @@
 """Whether a run did what it was to do: a KL target met, a loss moved by training and not by inserting the splice."""
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -122,3 +123,17 @@ def target_warning(numbers: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"algo.kl_target={target:g} was not met: the KL at the end is {kl:.3f} nats (se {numbers['kl_exact_se']:.3f})"
         f" with beta at {coef:.2g}; {low if kl < target else high}"
     )
+
+
+def objective(numbers: Mapping[str, Any], kl_limit: float | None) -> float:
+    """What a sweeper maximises: the reward after training, under a limit on the KL.
+
+        kl_exact <= kl_limit    reward_after
+        otherwise               min(reward_before, reward_after) - (kl_exact - kl_limit)
+
+    The untouched model has KL 0 and reward_before: a run over the limit counts as worse than doing nothing, by its
+    excess in nats, so that a search is led back. Both are estimates from `evaluation.samples` completions.
+    """
+    if kl_limit is None or numbers["kl_exact"] <= kl_limit:
+        return numbers["reward_after"]
+    return min(numbers["reward_before"], numbers["reward_after"]) - (numbers["kl_exact"] - kl_limit)

@@ -1,17 +1,19 @@
 """Hand a command's words to Hydra through its public entry point, `hydra.main`, called as a function.
 
 words -> sugar -> preflight (exit 2, one line, nothing written) -> lock -> Hydra -> `task.job` -> ranks
+A sweep (-m) goes through `sweep.py`, between Hydra and the points.
 """
 
 import contextlib
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from saerl_cli.run import launch, lock
+from saerl_cli.run import lock
 from saerl_cli.run.configs import conf_dir, freeze_config_dirs, frozen, register_schema
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.words import as_override, expand_sites, split_words
@@ -45,7 +47,8 @@ def run(name: str, words: Sequence[str]) -> None:
     if held is not None:
         overrides = [*overrides, as_override("hydra.run.dir", str(held))]
     elif not shows:
-        conf, flags = frozen(conf), freeze_config_dirs(flags)
+        run_sweep(name, flags, overrides)
+        return
     try:
         with stoppable():
             call_hydra(name, str(conf), [*flags, *overrides], code=2 if shows else 1)
@@ -54,12 +57,30 @@ def run(name: str, words: Sequence[str]) -> None:
             lock.release(held)
 
 
+def run_sweep(name: str, flags: Sequence[str], overrides: Sequence[str]) -> None:
+    """Run the points of a sweep that are not complete, and show them all; exit code 1 unless all are complete then."""
+    from saerl_cli.run.sweep import Sweep, only_missing
+
+    words = [*flags, *(word for word in overrides if not word.startswith("hydra.sweep.dir="))]
+    sweep = Sweep(name, shlex.join(["saerl", name.replace("_", "-"), *words]))
+    complete = False
+    try:
+        with stoppable(), only_missing(sweep):
+            call_hydra(name, str(frozen(conf_dir())), [*freeze_config_dirs(flags), *overrides], code=1)
+    finally:
+        if sweep.folder is not None:
+            complete = sweep.conclude()
+    if not complete:
+        raise SystemExit(1)
+
+
 def call_hydra(name: str, conf: str, words: Sequence[str], code: int) -> None:
     """Let Hydra run, sweep, submit or show; its errors become one line and the exit code `code`."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from saerl_cli.run.preflight import SweepRefused
     from saerl_cli.run.refusals import readable
     from saerl_cli.run.task import job
 
@@ -67,8 +88,8 @@ def call_hydra(name: str, conf: str, words: Sequence[str], code: int) -> None:
     try:
         with argv(["saerl", *words]):
             hydra.main(version_base="1.3", config_path=conf, config_name=name)(job)()
-    except launch.WorkFailed:  # a point of a sweep, which has said why
-        raise SystemExit(1) from None
+    except SweepRefused as error:
+        refuse(error)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"saerl: {' '.join(readable(error, name, resolve(JOBS[name].schema)).split())}", file=sys.stderr)
         raise SystemExit(code) from None

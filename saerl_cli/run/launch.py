@@ -73,8 +73,9 @@ def check_launch(launch: LaunchConfig, here: bool = True) -> None:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores this process may use; of those that a Slurm job has been given, where Slurm only counts them."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, int(os.environ.get("SLURM_CPUS_PER_TASK", here)))
 
 
 def gpus() -> int:

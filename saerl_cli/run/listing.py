@@ -10,7 +10,15 @@ from saerl_cli.run.task import key_numbers
 
 
 def listing(folders: Sequence[Path]) -> str:
-    """Two lines a run: status, directory, key numbers; and its command where it can be resumed."""
+    """Two lines a run: status, directory, key numbers; and its command where it can be resumed.
+
+    Of a sweep's directory its table, which is written anew, and the runs that are not complete.
+    """
+    from saerl_cli.run.sweep_table import refreshed, table
+
+    if len(folders) == 1 and (records := refreshed(folders[0])) is not None:
+        runs = [Run(folders[0] / r["point"]) for r in records if r["status"] not in ("completed", "not started")]
+        return "\n".join([table(records), *map(describe, runs)])
     runs = [Run.load(file.parent) for folder in folders for file in sorted(folder.rglob("run.json"))]
     if not runs:
         return f"no runs in {', '.join(map(str, folders))}"

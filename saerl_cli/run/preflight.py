@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.config import typed
-from saerl_cli.run import launch, lock
+from saerl_cli.run import cluster, launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import sha256_file
@@ -33,20 +33,23 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    launchers = [word for word in overrides if word.startswith("hydra/launcher=")]
-    if launchers and not multirun:  # Hydra would quietly run the job here
-        raise ValueError(f"{launchers[-1]} has no effect without -m; add -m (one job is a sweep of one)")
+    for_sweeps = [word for word in overrides if word.startswith(("hydra/launcher=", "hydra/sweeper="))]
+    if for_sweeps and not multirun:  # Hydra would quietly run the job here
+        raise ValueError(f"{for_sweeps[-1]} has no effect without -m; add -m (one job is a sweep of one)")
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs(flags))}]"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            words = sweep_points(overrides) if multirun else [list(overrides)]
+            words = list(sweep_points(overrides)) if multirun else [list(overrides)]
             composed = [compose(name, [*search, *point], return_hydra_config=True) for point in words]
-        points = [as_point(name, cfg, number if multirun else None) for number, cfg in enumerate(composed)]
+        foreseen = not multirun or (len(words[0]) == len(overrides) and is_plain(composed[0].hydra.sweeper))
+        points = [
+            as_point(name, cfg, number if multirun else None, foreseen=foreseen) for number, cfg in enumerate(composed)
+        ]
         for point in points:  # checks may read files: only once all are well-formed
             check_point(name, point)
-        if multirun:
-            return None
         folder = points[0].folder
+        if multirun or folder is None:
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)
         return folder
@@ -60,36 +63,45 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
 class Point:
     """One run that is asked for."""
 
-    folder: Path
-    """The directory it will write, absolute."""
-    here: bool
-    """Whether it will run on this machine."""
+    folder: Path | None
+    """The directory it will write, absolute; None where a sweeper that chooses points has yet to number it."""
+    launcher: Any
+    """Hydra's settings of what starts it; None for a single run, which is started here."""
     cfg: Any
     """Its settings as Hydra composed them."""
     config: Any
     """The same as its dataclass."""
 
 
-def as_point(name: str, cfg: Any, number: int | None) -> Point:
+def is_plain(sweeper: Any) -> bool:
+    """Whether a sweep's points are the product of the command line's values, in their order."""
+    return sweeper._target_.endswith(".BasicSweeper") and not sweeper.get("params")
+
+
+def as_point(name: str, cfg: Any, number: int | None, foreseen: bool = True) -> Point:
     """A composed config as its dataclass, whose `__post_init__` judges; `number` is its place in a sweep."""
     from omegaconf import open_dict
 
-    folder, launcher = run_dir(cfg, number), cfg.hydra.launcher._target_
+    folder = run_dir(cfg, number) if foreseen else None
+    launcher = cfg.hydra.launcher if number is not None else None
     with open_dict(cfg):
         del cfg["hydra"]
-    return Point(folder, "slurm" not in launcher.lower(), cfg, typed(cfg, resolve(JOBS[name].schema)))
+    return Point(folder, launcher, cfg, typed(cfg, resolve(JOBS[name].schema)))
 
 
 def check_point(name: str, point: Point) -> None:
-    """Judge a run by its directory, this machine, and the job's own check."""
-    if point.folder.is_dir():
+    """Judge a run by its directory, this machine or the cluster, and the job's own check."""
+    if point.folder is not None and point.folder.is_dir():
         lock.refuse_if_held(point.folder)
-        refuse_other_settings(point.folder, name, point.cfg)
+        refuse_other_settings(point.folder, name, point.cfg, in_sweep=point.launcher is not None)
         if Run(point.folder).status == "completed":
             return  # nothing will be done
         refuse_changed_saes(point.folder)
     if hasattr(point.config, "launch"):
-        launch.check_launch(point.config.launch, point.here)
+        on_cluster = point.launcher is not None and cluster.is_slurm(point.launcher)
+        launch.check_launch(point.config.launch, here=not on_cluster)
+        if on_cluster:
+            cluster.check_slurm(point.launcher, point.config.launch)
     resolve(JOBS[name].check)(point.config)
 
 
@@ -104,24 +116,35 @@ def run_dir(cfg: Any, number: int | None) -> Path:
     return Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir).absolute()
 
 
-def refuse_other_settings(folder: Path, name: str, cfg: Any) -> None:
-    """Refuse a directory that another command, or other settings, began. Hydra would overwrite its config."""
+class SweepRefused(ValueError):
+    """A sweep that its directory does not allow, found out when its points are known; nothing has been started."""
+
+
+def refuse_other_settings(folder: Path, name: str, cfg: Any, in_sweep: bool = False) -> None:
+    """Refuse a directory that another command, or other settings, began. Hydra would overwrite its config.
+
+    Raises:
+        ValueError: it was; `SweepRefused` when `in_sweep`.
+    """
     from omegaconf import OmegaConf
 
     earlier_file = folder / ".hydra" / "config.yaml"
     job_before = Run(folder).record.get("job", name)
     if job_before != name:
-        raise ValueError(f"{shown(folder)} is a run of saerl {job_before}; take another hydra.run.dir")
+        what = f"{shown(folder)} is a run of saerl {job_before}"
+        if in_sweep:
+            raise SweepRefused(f"{what}: two sweeps in one directory; write another hydra.sweep.dir")
+        raise ValueError(f"{what}; take another hydra.run.dir")
     if not earlier_file.is_file():
         return
     before, now = OmegaConf.load(earlier_file), OmegaConf.create(OmegaConf.to_yaml(cfg))
     changed = [key for key in differing(flat(before), flat(now)) if key not in MAY_CHANGE]
     if changed:
         was, given = (OmegaConf.select(which, changed[0]) for which in (before, now))
-        raise ValueError(
-            f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given}); repeat its command"
-            " to resume it, or take another hydra.run.dir"
-        )
+        what = f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given})"
+        if in_sweep:
+            raise SweepRefused(f"{what}: two sweeps in one directory; write another hydra.sweep.dir")
+        raise ValueError(f"{what}; repeat its command to resume it, or take another hydra.run.dir")
 
 
 def refuse_changed_saes(folder: Path) -> None:

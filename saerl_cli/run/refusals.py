@@ -6,6 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_origin, get_type_hints
 
+EXTRAS = {
+    "submitit": "this launcher needs an extra: pip install 'saerl[slurm]'",
+    "joblib": "this launcher needs an extra: pip install 'saerl[joblib]'",
+    "optuna": "this sweeper needs an extra: pip install 'saerl[optuna]'",
+    "ray": "{} is not one of saerl's extras, because its plugin wants another cloudpickle than joblib; on one machine"
+    " take hydra/launcher=joblib, on a cluster hydra/launcher=slurm",
+}
+"""What to say of a plugin of Hydra that is not installed."""
+
 
 def readable(error: Exception, name: str, schema: type) -> str:
     """One line about a word that cannot be composed.
@@ -19,9 +28,8 @@ def readable(error: Exception, name: str, schema: type) -> str:
     key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
     command = f"saerl {name.replace('_', '-')}"
-    if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(submitit|joblib)", text):
-        extra = "slurm" if plugin[1] == "submitit" else "joblib"
-        return f"this launcher needs an extra: pip install 'saerl[{extra}]'"
+    if plugin := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(submitit|joblib|optuna|ray)", text):
+        return EXTRAS[plugin[2]].format(f"hydra/{plugin[1]}={plugin[2]}")
     if option := re.search(r"Could not find '(.+)/(.+)'", text):
         listed = text.partition("Available options in")[2].partition("Config search path")[0].split()[1:]
         options = f"; options are {', '.join(sorted(listed, key=natural))}" if listed else ""
