@@ -179,7 +179,7 @@ def run_stages(group: list[Stage]) -> None:
             watch(group, children)
         codes = [child.wait() for child in children]
     finally:
-        launch.stop(children)  # an interrupted demo waits until its stages have said that they are
+        launch.stop(*children)  # an interrupted demo waits until its stages have said that they are
     for stage, code in zip(group, codes, strict=True):
         finish(stage, code)
 

@@ -69,7 +69,8 @@ def work(config: StubConfig, run: Run, accelerator: Any) -> float:
                 write_safetensors(folder / "walk.safetensors", {"walk": walk})
     if accelerator.is_main_process:
         write_safetensors(run.path / "walk.safetensors", {"walk": walk})
-    run.summary({"total": total, "world": accelerator.num_processes, "threads": torch.get_num_threads()})
+    where = {"world": accelerator.num_processes, "threads": torch.get_num_threads()}
+    run.summary({"total": total, **where, "precision": accelerator.mixed_precision})
     return total - config.seed
 
 
@@ -118,11 +119,7 @@ if __name__ == "__main__":
     here = Path(__file__).parent
     sys.path.insert(0, str(here))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here / "site"), os.environ.get("PYTHONPATH", "")])
-    from saerl_cli.run import bridge, launch
+    from saerl_cli.run import bridge
 
-    if os.environ.get("SAERL_TEST_ALONE"):  # ranks that do not know of each other
-        alone = LaunchConfig(num_processes=1, cpu=True)
-        environments = launch.environments
-        launch.environments = lambda config: iter([*environments(alone), *environments(alone)])
     register()
     bridge.run(sys.argv[1], sys.argv[2:])

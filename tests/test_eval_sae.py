@@ -245,7 +245,6 @@ REFUSALS = {
     "saes=empty": ("no SAEs in empty: expected a run directory", lambda folder: Path("empty").mkdir()),
     "saes=[saes,nowhere]": ("no SAEs at nowhere", None),
     "saes=saes eval_tokens=0": ("eval_tokens must be >= 1, got 0", None),
-    "saes=saes launch=cpu_2": ("measures in one process; write launch=one", None),
     "saes=saes model=planted": ("was trained on other weights", "default_model"),
     "saes=saes ": ("was trained on other weights (planted", lambda folder: changed(folder, model_sha256="0" * 64)),
     "saes=saes  ": ("layer 7 is out of range", lambda folder: changed(folder, site="mlp_out.7", module="x")),

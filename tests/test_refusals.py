@@ -55,7 +55,10 @@ WORDS = [
     Case("train-sae seed=1.5", "seed: Value '1.5'"),
     Case("train-sae sae.architecture=foo", "expected one of [topk, batchtopk, matryoshka, relu, jumprelu, gated]"),
     Case("train-sae model=missing", "there is no model=missing; options are hub, local, planted, pythia-14m"),
-    Case("train-sae launch=two", "there is no launch=two; options are cpu_2, one"),
+    Case(
+        "train-sae launch=two",
+        "there is no launch=two; options are cpu_2, deepspeed_zero2, deepspeed_zero3, fsdp2, gpu",
+    ),
     Case("train-sae sae.lr=0.1,0.2", "sae.lr=0.1,0.2 is a sweep: add -m, or write a list as sae.lr=[0.1,0.2]"),
     Case("train-sae sae=[", "cannot read a setting"),
     Case("train-sae --config-dir nowhere", "nowhere is not a directory"),
@@ -112,9 +115,12 @@ CONTRADICTIONS = [
     Case("rlhf reward.parts={a:{kind:world}}", "a reward part of kind world needs attribute"),
     Case("rlhf reward=lexicon", "a reward part of kind lexicon needs path or words"),
 ]
+NO_GPU = (("CUDA_VISIBLE_DEVICES", ""),)
 MACHINE = [
     Case("train-sae launch.num_processes=0", "launch.num_processes must be >= 1"),
-    Case("train-sae launch.num_processes=64", "has 0 GPUs; write launch=cpu_2", env=(("CUDA_VISIBLE_DEVICES", ""),)),
+    Case("train-sae launch.num_processes=64", "has 0 GPUs; write launch=cpu_2", env=NO_GPU),
+    Case("rlhf launch=gpu", "launch=gpu wants a process for each GPU, but there is none", env=NO_GPU),
+    Case("rlhf adapter=full launch=gpu_8", "but this machine has 0 GPUs; write launch=cpu_2", env=NO_GPU),
     Case("train-sae launch=cpu_2 launch.num_processes=4096", "cores; write launch.num_processes="),
     Case("rlhf", "not under torchrun", env=(("LOCAL_RANK", "0"),)),
     Case("train-sae hydra.run.dir=file/run", "file/run", needs=a_file("file")),
@@ -176,7 +182,7 @@ JOBS = [
     Case("rlhf algo=dpo algo.pairs.kind=file", "pairs.kind=file needs pairs.path=FILE"),
     Case("rlhf algo=dpo algo.pairs.kind=file algo.pairs.path=nope.jsonl", "pairs.path=nope.jsonl does not exist"),
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
-    Case("train-lm launch=cpu_2", "train-lm runs in one process"),
+    Case("train-lm launch=cpu_2 model.world.batch_size=1", "is less than a row for each of launch.num_processes=2"),
     Case("demo overrides.nope=[x]", "overrides.nope: no such stage"),
 ]
 

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from conftest import TINY_WORDS
 
-from saerl_cli.config.groups import LaunchConfig
+from saerl_cli.config.groups import LaunchConfig, Precision, Sharding
 from saerl_cli.run import launch, lock, worker
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, write_json
@@ -57,16 +58,177 @@ def test_gpus_are_counted_without_torch(monkeypatch, visible, count):
 def test_threads_are_asked_for_or_inherited_or_shared_out(monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert [e["OMP_NUM_THREADS"] for e in launch.environments(LaunchConfig(num_processes=2, cpu=True))] == ["4", "4"]
+    assert launch.environment(LaunchConfig(num_processes=2, cpu=True))["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert next(launch.environments(LaunchConfig()))["OMP_NUM_THREADS"] == "3"
-    assert next(launch.environments(LaunchConfig(threads=5)))["OMP_NUM_THREADS"] == "5"
+    assert launch.environment(LaunchConfig())["OMP_NUM_THREADS"] == "3"
+    assert launch.environment(LaunchConfig(threads=5))["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_shell_s_own_settings_of_accelerate_stay_outside(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    inside = launch.environment(LaunchConfig(num_processes=2, cpu=True))
+    assert [name for name in inside if name.startswith(("ACCELERATE", "FSDP"))] == ["ACCELERATE_USE_CPU"]
+
+
+def test_gpu_is_a_number_in_the_run_s_own_config():
+    words = ("stub_here", "hydra.run.dir=out", "launch=gpu")
+    done = stub(*words, CUDA_VISIBLE_DEVICES="3,5")
+    assert done.returncode == 0, done.stderr
+    assert "num_processes: 2" in Path("out/.hydra/config.yaml").read_text()
+    assert Run.load("out").record["command"] == "saerl stub-here launch=gpu launch.num_processes=2 hydra.run.dir=out"
+    assert "complete already" in stub(*words, CUDA_VISIBLE_DEVICES="0,1").stderr
+    fewer = stub(*words, CUDA_VISIBLE_DEVICES="0")
+    assert (fewer.returncode, "launch.num_processes=2, now 1" in fewer.stderr) == (2, True), fewer.stderr
+    mixed = stub("stub_here", "-m", "launch=one,gpu", CUDA_VISIBLE_DEVICES="0,1")
+    assert mixed.returncode == 2
+    assert (
+        mixed.stderr == "saerl: a sweep over launch= cannot count GPUs; name numbers, for instance launch=one,gpu_2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, visible, message",
+    [
+        ("launch=gpu", "", "launch=gpu wants a process for each GPU, but there is none; write launch=cpu_2 or one"),
+        ("launch=fsdp2", "", "launch=fsdp2 wants a process for each GPU, but there is none"),
+        ("launch=gpu_8", "0,1", "launch.num_processes=8, but this machine has 2 GPUs; write launch=cpu_2"),
+        ("launch=fsdp2 launch.cpu=true", "0,1", "launch.sharding=fsdp2 splits a model over GPUs; on the CPU write"),
+        ("launch=fsdp2", "0,1", "no command works on split weights yet: sampling, checkpoints and the proof"),
+        ("launch=deepspeed_zero3", "0,1", "needs an extra: pip install 'saerl[deepspeed]'"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_and_nothing_is_written(monkeypatch, capfd, words, visible, message):
+    from stub_command import register
+
+    from saerl_cli.run import bridge
+
+    register()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)  # no DeepSpeed, whatever is installed
+    with pytest.raises(SystemExit) as end:
+        bridge.run("stub", ["hydra.run.dir=out", *words.split()])
+    assert end.value.code == 2
+    said = capfd.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert not list(Path().iterdir())
+
+
+def test_gpus_of_a_cluster_are_those_asked_of_it():
+    sharded = LaunchConfig(sharding=Sharding.fsdp2)
+    assert launch.counted(sharded, "gpu", 4) == 4
+    with pytest.raises(ValueError, match=r"write launch.num_processes=N, or hydra.launcher.gpus_per_node=N"):
+        launch.counted(sharded, "gpu", None)
+
+
+# --- what Accelerate makes of accelerate.yaml ------------------------------------------------------------------------
+
+
+def understood(config: LaunchConfig) -> tuple[Any, dict[str, str]]:
+    """Accelerate's own reading of the file: its arguments, and the variables that its launcher gives to ranks."""
+    from accelerate.commands import launch as accelerate_launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    launch.write_config(Path(launch.CONFIG), config)
+    words = ["--config_file", launch.CONFIG, "--module", "x"]
+    args = accelerate_launch.launch_command_parser().parse_args(words)
+    args, defaults, _ = accelerate_launch._validate_launch_command(args)
+    if not args.use_deepspeed:
+        return args, prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return args, prepare_deepspeed_cmd_env(args)[1]
+
+
+def test_accelerate_reads_two_processes_on_a_cpu(caplog):
+    args, given = understood(LaunchConfig(num_processes=2, cpu=True, mixed_precision=Precision.bf16))
+    assert (args.multi_gpu, args.num_processes, args.num_machines, args.nproc_per_node) == (True, 2, 1, "2")
+    assert given["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert not caplog.records  # it warns of what the file leaves open
+
+
+def test_accelerate_reads_fsdp2(monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    args, given = understood(LaunchConfig(num_processes=4, sharding=Sharding.fsdp2))
+    assert (args.use_fsdp, args.multi_gpu, args.num_processes) == (True, False, 4)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.auto_wrap_policy is not None and plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert type(plugin.cpu_offload).__name__ == "OffloadPolicy"  # FSDP2's name for none
+    assert not plugin.activation_checkpointing
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_reads_deepspeed(monkeypatch, stage):
+    from accelerate import DeepSpeedPlugin
+
+    args, given = understood(LaunchConfig(num_processes=4, sharding=Sharding(f"deepspeed_zero{stage}")))
+    assert (args.use_deepspeed, args.num_processes) == (True, 4)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == stage
+    assert plugin.deepspeed_config is not None and plugin.deepspeed_config["zero_optimization"]["stage"] == stage
 
 
 @pytest.mark.parametrize("got, asked", [(1, 2), (2, 1)])
 def test_a_wrong_world_size_is_an_error(got, asked):
     with pytest.raises(RuntimeError, match=f"num_processes={asked}, but {got}"):
         worker.check_world_size(got, asked)
+
+
+def test_a_model_that_was_not_split_is_an_error():
+    worker.check_sharding("FSDP", Sharding.fsdp2)
+    worker.check_sharding("MULTI_CPU", Sharding.none)
+    with pytest.raises(RuntimeError, match=r"sharding=fsdp2, but Accelerate set up MULTI_CPU; write launch=gpu"):
+        worker.check_sharding("MULTI_CPU", Sharding.fsdp2)
+
+
+# --- what a failure is called ----------------------------------------------------------------------------------------
+
+TWO = LaunchConfig(num_processes=2, cpu=True)
+
+
+def failed(codes: dict[int, int], *said: tuple[int, float, str]) -> str:
+    """The message when ranks left these exit codes and reports (rank, seconds, message)."""
+    write_json(Path(launch.CODES), codes)
+    for rank, when, message in said:
+        traceback = f"traceback {rank}" if "Error" in message else None
+        write_json(
+            Path(f".error.{rank}.json"), {"rank": rank, "time": when, "message": message} | {"traceback": traceback}
+        )
+    message = launch.failure(Path(), TWO, 1)
+    assert not list(Path().glob(".*.json"))
+    return message
+
+
+def test_all_ranks_that_failed_by_themselves_are_in_one_message():
+    assert failed({1: 1, 0: -15}, (1, 10.0, "too little text")) == "rank 1: too little text"
+    assert failed({0: 1, 1: 1}, (1, 10.2, "too little text"), (0, 10.0, "too little text")) == (
+        "ranks 0 and 1: too little text"
+    )
+    assert failed({0: 1, 1: 1}, (1, 10.2, "KeyError: b"), (0, 10.0, "KeyError: a")) == (
+        "rank 0: KeyError: a; rank 1: KeyError: b"
+    )
+    assert Path("error.txt").read_text() == "traceback 0\ntraceback 1"
+
+
+def test_ranks_that_only_lost_a_neighbour_are_left_out():
+    assert failed({0: 1, 1: 1}, (0, 10.0, "no file"), (1, 10.7, "Connection closed by peer")) == "rank 0: no file"
+    lost = (0, 10.0, "Connection closed by peer")
+    assert failed({1: -9, 0: -15}, lost) == "rank 1 was killed by SIGKILL (out of memory, if nobody did it)"
+    assert failed({1: -11, 0: 1}, lost) == "rank 1 was killed by SIGSEGV"
+    assert failed({0: -9, 1: -9}).startswith("ranks 0 and 1 were killed by SIGKILL")
+    assert failed({1: 3, 0: -15}) == "rank 1 ended with exit code 3"
+
+
+def test_a_launcher_that_is_gone_is_named():
+    assert launch.failure(Path(), TWO, -9).startswith("accelerate launch was killed by SIGKILL")
+    assert launch.failure(Path(), TWO, 1) == "accelerate launch ended with exit code 1"
+    assert launch.failure(Path(), LaunchConfig(), -9).startswith("the worker was killed by SIGKILL")
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -84,7 +246,7 @@ def test_a_run_writes_its_directory_and_is_not_done_twice():
     assert metrics("out") == [1.0, 2.0, 3.0, 4.0]
     again = stub("stub", "hydra.run.dir=out", "seed=1", "launch.threads=1")  # threads may change
     assert again.returncode == 0
-    assert again.stderr == "out is complete already: total 4, world 1, threads 1\n"
+    assert again.stderr == "out is complete already: total 4, world 1, threads 1, precision no\n"
     other = stub("stub", "hydra.run.dir=out", "seed=2")
     assert other.returncode == 2
     assert "started with other settings (seed=1, now 2)" in other.stderr
@@ -247,17 +409,24 @@ def test_a_killed_worker_is_reported_and_the_run_resumes():
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-def test_two_ranks_work_together_and_resume_where_they_were_killed():
+def test_two_ranks_work_together_and_resume_where_they_were_killed(tmp_path):
     words = ("stub", "hydra.run.dir=out", "launch=cpu_2", "end=kill", "rank=1")
     killed = stub(*words)
     assert killed.returncode == 1
     assert "saerl: rank 1 was killed by SIGKILL" in killed.stderr
     assert len(killed.stderr.splitlines()) == 2, killed.stderr
-    done = stub(*words)
+    assert Run.load("out").status == "failed"
+    theirs = tmp_path / "home" / "accelerate" / "default_config.yaml"  # what `accelerate config` left
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', num_processes: 1, use_cpu: true}\n")
+    done = stub(*words, HF_HOME=str(tmp_path / "home"), ACCELERATE_MIXED_PRECISION="bf16")
     assert done.returncode == 0, done.stderr
-    assert read_json(Path("out/summary.json"))["world"] == 2
+    assert done.stderr.splitlines()[0] == "counting: 2/4"
+    assert read_json(Path("out/summary.json")) == {"total": 12, "world": 2, "threads": 1, "precision": "no"}
     assert metrics("out") == [3.0, 6.0, 9.0, 12.0]  # 1 + 2 a step
+    assert not [path.name for path in Path("out").iterdir() if path.name.startswith(".") and path.name != ".hydra"]
 
 
 @pytest.mark.slow
@@ -270,11 +439,34 @@ def test_a_failing_rank_is_named_and_the_others_are_stopped():
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_that_do_not_find_each_other_are_an_error(monkeypatch):
-    failed = stub("stub", "hydra.run.dir=out", "launch=cpu_2", SAERL_TEST_ALONE="1")
+def test_ranks_that_do_not_find_each_other_are_an_error():
+    """What Accelerate makes of two ranks that are promised GPUs and find none: two times rank 0 of 1."""
+    if Path("/proc/driver/nvidia/gpus").is_dir():
+        pytest.skip("this machine has a GPU")
+    failed = stub("stub", "hydra.run.dir=out", "launch=gpu_2", CUDA_VISIBLE_DEVICES="0,1")
     assert failed.returncode == 1
-    assert "found each other" in failed.stderr
+    assert "saerl: ranks 0 and 1: RuntimeError: launch.num_processes=2, but 1 process(es) found" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
     assert not Path("out/summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_leaves_no_ranks_behind(number):
+    with started(*HANGS, "launch=cpu_2") as command:
+        below = workers(command)
+        assert len(below) == 3  # the launcher and two ranks
+        command.send_signal(number)
+        _, said = command.communicate(timeout=30)
+    for _ in until(5):
+        if not alive(below):
+            break
+    assert not alive(below)
+    if number != signal.SIGKILL:
+        assert command.returncode == 1
+        assert said.splitlines()[-1].startswith("saerl: interrupted; continue with: saerl stub end=hang launch=cpu_2")
+        assert Run.load("out").status == "interrupted"
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from saerl_cli.world.tokenizer import build_tokenizer, frequent_words
 QUICK = WorldConfig(
     documents=60, hidden_size=16, layers=2, heads=2, context_size=48, steps=30, batch_size=4, lr=1e-2, seed=3
 )
-CPU = SimpleNamespace(device=torch.device("cpu"))
+CPU = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_train_lm_on_a_text(tmp_path):
         ({"data": DataConfig(kind=DataKind.hub, name="a/b")}, "data=text data.path=FILE"),
         ({"data": DataConfig(kind=DataKind.text, path="nowhere.txt")}, "nowhere.txt does not exist"),
         ({"data": DataConfig(context_size=17)}, "leave data.context_size empty"),
-        ({"launch": LaunchConfig(num_processes=2)}, "write launch=one"),
+        ({"launch": LaunchConfig(num_processes=200)}, "is less than a row for each of launch.num_processes=200"),
     ],
 )
 def test_train_lm_refuses(changes, message):

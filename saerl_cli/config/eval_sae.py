@@ -31,7 +31,7 @@ class EvalSaeConfig:
     control_tokens: int = 200_000
     """Training tokens of those on shuffled weights, and of their like on the real ones."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    """Processes; one."""
+    """Processes."""
     seed: int = 0
     """Seed of the controls and of the order of labelled texts."""
 

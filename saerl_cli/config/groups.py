@@ -197,12 +197,28 @@ class Tracker(Enum):
     trackio = "trackio"
 
 
+class Sharding(Enum):
+    """What is split over GPUs instead of being whole on each."""
+
+    none = "none"
+    fsdp2 = "fsdp2"
+    deepspeed_zero2 = "deepspeed_zero2"
+    deepspeed_zero3 = "deepspeed_zero3"
+
+
+ALL_GPUS = -1
+"""`launch.num_processes` before the checks write a number in its place."""
+
+
 @dataclass
 class LaunchConfig:
     """How many processes do the work; Accelerate starts them."""
 
     num_processes: int = 1
-    """Processes on this machine."""
+    """Processes on this machine; -1 for one on each visible GPU, whose number is then written down."""
+    sharding: Sharding = Sharding.none
+    """`none`: the model is whole on each GPU. `fsdp2` and `deepspeed_zero3` split weights, gradients and optimiser
+    state over them, `deepspeed_zero2` the latter two; all three are refused: no command works on split weights yet."""
     cpu: bool = False
     """Keep every process on the CPU; otherwise a GPU is used where there is one."""
     mixed_precision: Precision = Precision.no
@@ -214,4 +230,8 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         refuse_unless(self.num_processes >= 1, f"launch.num_processes must be >= 1, got {self.num_processes}")
+        refuse_unless(
+            self.sharding is Sharding.none or not self.cpu,
+            f"launch.sharding={self.sharding.value} splits a model over GPUs; on the CPU write launch=cpu_2",
+        )
         refuse_unless(self.threads is None or self.threads >= 1, f"launch.threads must be >= 1, got {self.threads}")

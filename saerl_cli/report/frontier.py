@@ -20,6 +20,7 @@ from saerl_cli.report.saes import aligned
 from saerl_cli.rl.measuring.base import Base
 from saerl_cli.rl.measuring.evaluate import evaluate
 from saerl_cli.run.directory import Run
+from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say
 
 CURVE = 40
@@ -31,7 +32,9 @@ Rows = list[dict[str, Any]]
 def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     """Measure, write summary.json, the figure and its data, print the frontier; returns the reward of the policy."""
     start = time.monotonic()
-    found = evaluate(config, run, accelerator.device)
+    found = evaluate(config, run, accelerator.device, Team(accelerator.process_index, accelerator.num_processes))
+    if not run.writes:
+        return found.numbers["reward_after"]
     numbers, limits = found.numbers, limits_of(found.base)
     points = [entry | shares(entry, limits) for entry in numbers["frontier"]]
     numbers |= {"frontier": points, "base_samples": samples_of(found.base), **shares(points[-1], limits)}

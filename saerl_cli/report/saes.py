@@ -18,6 +18,7 @@ from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.report import figures
 from saerl_cli.run.directory import Run, versions
 from saerl_cli.run.files import write_safetensors, write_text
+from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.evaluate import Evaluated, evaluate
 
@@ -43,7 +44,10 @@ Metrics = dict[str, dict[str, Any]]
 def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
     """Measure, print the table, write the numbers, the figures and the page; returns the mean FVU of the SAEs."""
     start = time.monotonic()
-    found = evaluate(config, accelerator.device)
+    found = evaluate(config, accelerator.device, Team(accelerator.process_index, accelerator.num_processes))
+    mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
+    if not run.writes:
+        return mean_fvu
     run.update(inputs=found.inputs)
     print(aligned(table(found.saes)), flush=True)
     if found.controls:
@@ -53,7 +57,6 @@ def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
     write_results(found, run.path, config)
     write_safetensors(run.path / "firing_rates.safetensors", found.firing_rates)
     parts = {key: getattr(found, key) for key in ("saes", "controls", "stability", "probes")}
-    mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
     run.summary({"fvu_mean": mean_fvu, "seconds": round(time.monotonic() - start, 1), **parts})
     return mean_fvu
 

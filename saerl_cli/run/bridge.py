@@ -41,7 +41,8 @@ def run(name: str, words: Sequence[str]) -> None:
         if not shows:
             from saerl_cli.run.preflight import preflight
 
-            held = preflight(name, flags, overrides, multirun)
+            held, decided = preflight(name, flags, overrides, multirun)
+            overrides = [*overrides, *decided]
     except ValueError as error:
         refuse(error)
     if held is not None:

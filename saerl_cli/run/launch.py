@@ -1,30 +1,34 @@
-"""Start the processes that do a job's work, one a rank, and see them through.
+"""Start the processes that do a job's work, and see them through.
 
 Always child processes, also for one rank: Accelerate keeps its state in the process, so a second point of a sweep would
-inherit the first one's. Ranks get the variables that torchrun sets, read the run directory's frozen config, and are
-stopped together: the command is their parent, and knows which of them failed first.
+inherit the first one's. One rank is a child of the command. Several, and sharded models, are started by `accelerate
+launch` (`run.agent`) from RUN/accelerate.yaml; this process stays its parent and says which rank failed.
 """
 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from saerl_cli.config.groups import LaunchConfig
-from saerl_cli.run.files import read_json
+import psutil
+
+from saerl_cli.config.groups import LaunchConfig, Sharding
+from saerl_cli.run.files import read_json, write_text
 from saerl_cli.run.jobs import Job
 
+CONFIG = "accelerate.yaml"
+CODES = ".codes.json"
+"""{rank: exit code} of the ranks that did not end well, the first of them first; negative is a signal."""
+AFTERMATH_S = 0.5
+"""How long a failed rank stays, so that others that fail by themselves can say so before they are stopped."""
 GRACE_S = 10.0
 """How long ranks have to end on SIGTERM before they are killed."""
-POLL_S = 0.05
-AFTERMATH_S = 0.5
-"""How long to wait, once a rank has failed, for others that failed before it to say so."""
 SLURM_KILL_WAIT_S = 40.0
 """Longer than Slurm's KillWait: on a requeue the ranks die first, and Slurm should end this process too before the
 launcher plugin stores their failure as the job's result."""
@@ -39,17 +43,41 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """Variables that keep libraries from talking over a job's own messages."""
+FOREIGN = ("ACCELERATE_", "FSDP_")
+"""Variables of the user's shell that would change what Accelerate does."""
 
 
 class WorkFailed(RuntimeError):
-    """A rank failed; the message names it and says why."""
+    """Ranks failed; the message names them and says why."""
 
 
 # --- what this machine can do ----------------------------------------------------------------------------------------
 
 
+def counted(launch: Any, choice: str, visible: int | None) -> int:
+    """The number of processes that `launch.num_processes=-1` stands for.
+
+    Args:
+        launch: the settings, as Hydra composed them.
+        choice: what was chosen as `launch=`, for messages.
+        visible: GPUs of the machine that will do the work; None where that is unknown.
+
+    Raises:
+        ValueError: one line saying what to write instead.
+    """
+    check_package(launch.sharding)
+    if visible is None:
+        raise ValueError(
+            f"launch={choice} counts this machine's GPUs; for a cluster write launch.num_processes=N, or"
+            " hydra.launcher.gpus_per_node=N"
+        )
+    if visible == 0:
+        raise ValueError(f"launch={choice} wants a process for each GPU, but there is none; write launch=cpu_2 or one")
+    return visible
+
+
 def check_launch(launch: LaunchConfig, here: bool = True) -> None:
-    """Refuse processes that cannot be started, and trackers that are not installed.
+    """Refuse processes that cannot be started, and packages that are not installed.
 
     Args:
         launch: the settings.
@@ -61,15 +89,36 @@ def check_launch(launch: LaunchConfig, here: bool = True) -> None:
     for tracker in launch.trackers:
         if find_spec(tracker.value) is None:
             raise ValueError(f"launch.trackers=[{tracker.value}] needs a package: pip install {tracker.value}")
+    check_package(launch.sharding)
     if "LOCAL_RANK" in os.environ:
         raise ValueError("start this command directly, not under torchrun: it starts its own processes (launch=cpu_2)")
-    if not here or launch.num_processes == 1:
-        return
+    if here and engaged(launch):
+        check_machine(launch)
+    if launch.sharding is not Sharding.none:
+        raise ValueError(
+            f"launch.sharding={launch.sharding.value} is prepared but no command works on split weights yet: sampling,"
+            " checkpoints and the proof of restriction read them whole; write launch=gpu"
+        )
+
+
+def check_machine(launch: LaunchConfig) -> None:
+    """Refuse more processes than this machine has GPUs or cores for."""
     asked = f"launch.num_processes={launch.num_processes}"
     if launch.cpu and launch.num_processes > max(2, cores()):
         raise ValueError(f"{asked}, but this machine has {cores()} cores; write launch.num_processes={cores()}")
     if not launch.cpu and launch.num_processes > gpus():
         raise ValueError(f"{asked}, but this machine has {gpus()} GPUs; write launch=cpu_2, or launch=one")
+
+
+def check_package(sharding: Sharding) -> None:
+    """Refuse DeepSpeed where it is not installed."""
+    if "deepspeed" in sharding.value and find_spec("deepspeed") is None:
+        raise ValueError(f"launch.sharding={sharding.value} needs an extra: pip install 'saerl[deepspeed]'")
+
+
+def engaged(launch: LaunchConfig) -> bool:
+    """Whether `accelerate launch` starts the ranks; a single one needs no introduction to others."""
+    return launch.num_processes > 1 or launch.sharding is not Sharding.none
 
 
 def cores() -> int:
@@ -93,6 +142,61 @@ def wait_for_slurm() -> None:
         time.sleep(SLURM_KILL_WAIT_S)
 
 
+# --- accelerate.yaml -------------------------------------------------------------------------------------------------
+
+
+def accelerate_config(launch: LaunchConfig) -> dict[str, Any]:
+    """What RUN/accelerate.yaml says. It says everything, or Accelerate would ask the user's default_config.yaml.
+
+    MULTI_GPU is also what makes two processes on a CPU find each other, given ACCELERATE_USE_CPU; MULTI_CPU makes one.
+    """
+    kind = {Sharding.none: "MULTI_GPU", Sharding.fsdp2: "FSDP"}.get(launch.sharding, "DEEPSPEED")
+    common = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": kind,
+        "num_machines": 1,
+        "num_processes": launch.num_processes,
+        "machine_rank": 0,
+        "main_process_port": 0,  # any free one, so that runs share a machine
+        "main_training_function": "main",
+        "mixed_precision": launch.mixed_precision.value,
+        "use_cpu": launch.cpu,
+        "debug": False,
+        "enable_cpu_affinity": False,
+    }
+    return common | SHARDED.get(launch.sharding, {})
+
+
+SHARDED = {
+    Sharding.fsdp2: {
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # a block of the model at a time
+            "fsdp_reshard_after_forward": True,
+            "fsdp_offload_params": False,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,
+        }
+    },
+    **{
+        sharding: {
+            "deepspeed_config": {
+                "zero_stage": stage,
+                "gradient_accumulation_steps": 1,
+                "offload_optimizer_device": "none",
+                "offload_param_device": "none",
+                "zero3_init_flag": False,
+                "zero3_save_16bit_model": stage == 3,
+                "deepspeed_multinode_launcher": "standard",
+            }
+        }
+        for sharding, stage in ((Sharding.deepspeed_zero2, 2), (Sharding.deepspeed_zero3, 3))
+    },
+}
+"""What the ways of sharding add."""
+
+
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
@@ -100,90 +204,112 @@ def run_ranks(job: Job, launch: LaunchConfig, folder: Path) -> None:
     """Run a job's work in `launch.num_processes` processes until all have ended well.
 
     Raises:
-        WorkFailed: a rank failed; the others have been stopped.
+        WorkFailed: ranks failed; the others have been stopped.
         KeyboardInterrupt: this process was told to stop; so were the ranks, and they have ended.
     """
-    for file in folder.glob(".error.*.json"):
+    for file in reports_in(folder):
         file.unlink()
-    command = [sys.executable, "-m", "saerl_cli.run.worker", str(folder), job.schema, job.work]
-    ranks: list[subprocess.Popen] = []
+    module = "saerl_cli.run.agent" if engaged(launch) else "saerl_cli.run.worker"
+    if engaged(launch):
+        write_config(folder / CONFIG, launch)
+    command = [sys.executable, "-m", module, str(folder), job.schema, job.work]
+    child = subprocess.Popen(command, env=environment(launch), start_new_session=True)
     try:
-        for environment in environments(launch):
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        codes = wait_for_all(ranks)
-        if any(codes):
-            time.sleep(AFTERMATH_S)
-            raise WorkFailed(first_failure(folder, codes))
+        if code := child.wait():
+            raise WorkFailed(failure(folder, launch, code))
     finally:
-        stop(ranks)
+        stop(child)
 
 
-def wait_for_all(ranks: list[subprocess.Popen]) -> list[int | None]:
-    """Exit codes, as soon as all ranks have ended or one has failed."""
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if any(codes) or None not in codes:
-            return codes
-        time.sleep(POLL_S)
+def write_config(file: Path, launch: LaunchConfig) -> None:
+    """Write what `accelerate launch` reads."""
+    from omegaconf import OmegaConf
+
+    write_text(file, OmegaConf.to_yaml(OmegaConf.create(accelerate_config(launch))))
 
 
-def environments(launch: LaunchConfig) -> Iterator[dict[str, str]]:
-    """The variables of each rank."""
+def environment(launch: LaunchConfig) -> dict[str, str]:
+    """The variables of all ranks."""
     threads = str(launch.threads or os.environ.get("OMP_NUM_THREADS") or max(1, cores() // launch.num_processes))
     patient = {"OMP_WAIT_POLICY": "PASSIVE"}  # busy-waiting threads make torch 20 times slower where others compute too
-    shared = patient | os.environ | QUIET | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    if launch.cpu:
-        shared |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    if launch.num_processes == 1:
-        yield shared
-        return
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for rank in range(launch.num_processes):
-        count = str(launch.num_processes)
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        yield shared | place
+    own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    shared = patient | own | QUIET | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return shared | ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if launch.cpu else {})
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def stop(ranks: list[subprocess.Popen]) -> None:
-    """End what still runs: SIGTERM, then, after a while, SIGKILL."""
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.terminate()
+def stop(*children: subprocess.Popen) -> None:
+    """End what still runs, the children's own children too: SIGTERM, then, after a while, SIGKILL."""
+    below: list[psutil.Process] = []
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            below += psutil.Process(child.pid).children(recursive=True)
+        if child.poll() is None:
+            child.terminate()
     deadline = time.monotonic() + GRACE_S
-    for rank in ranks:
+    for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        if rank.poll() is None:
-            rank.kill()
-            rank.wait()
+            child.wait(max(0.0, deadline - time.monotonic()))
+    for process in below:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    for child in children:
+        child.kill()
+        child.wait()
 
 
-def first_failure(folder: Path, codes: list[int | None]) -> str:
-    """Which rank failed first and why: the signal that killed it, or what it wrote before it ended."""
-    files = list(folder.glob(".error.*.json"))
-    reports = sorted((read_json(file) for file in files), key=lambda report: report["time"])
-    for file in files:
+# --- what went wrong -------------------------------------------------------------------------------------------------
+
+
+def failure(folder: Path, launch: LaunchConfig, code: int) -> str:
+    """Which ranks failed and why, in one line: the signal that killed them, or what they wrote before they ended.
+
+    What ranks say that only lost a neighbour is left out. Tracebacks go to RUN/error.txt.
+    """
+    codes = {0: code}
+    if engaged(launch):
+        codes = {}
+        with contextlib.suppress(FileNotFoundError):
+            codes = {int(rank): code for rank, code in read_json(folder / CODES).items()}
+    reports = sorted((read_json(file) for file in folder.glob(".error.*.json")), key=lambda report: report["time"])
+    for file in reports_in(folder):
         file.unlink()
-    killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    if killed:  # ranks that lose a neighbour fail after it
-        rank, number = killed[0]
-        reason = " (out of memory, if nobody did it)" if number == signal.SIGKILL else ""
-        return f"{worker_name(rank, codes)} was killed by {signal.Signals(number).name}{reason}"
-    if reports and len(codes) == 1:
-        return reports[0]["message"]
+    first = next(iter(codes.values()), code)
+    if first < 0:  # ranks that lose a neighbour fail after it
+        ranks = [rank for rank, code in codes.items() if code == first]
+        reason = " (out of memory, if nobody did it)" if first == -signal.SIGKILL else ""
+        plural = "were" if len(ranks) > 1 else "was"
+        return f"{named(ranks, launch)} {plural} killed by {signal.Signals(-first).name}{reason}"
     if reports:
-        return f"rank {reports[0]['rank']}: {reports[0]['message']}"
-    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    return f"{worker_name(rank, codes)} ended with exit code {code}"
+        return gathered([r for r in reports if r["time"] <= reports[0]["time"] + AFTERMATH_S], folder, launch)
+    return f"{named(list(codes)[:1], launch)} ended with exit code {first}"
 
 
-def worker_name(rank: int, codes: list[int | None]) -> str:
-    """How a message calls a rank."""
-    return f"rank {rank}" if len(codes) > 1 else "the worker"
+def gathered(reports: list[dict[str, Any]], folder: Path, launch: LaunchConfig) -> str:
+    """What ranks say, each different message once."""
+    said: dict[str, list[int]] = {}
+    for report in reports:
+        said.setdefault(report["message"], []).append(report["rank"])
+    tracebacks = {report["traceback"]: None for report in reports if report.get("traceback")}
+    if tracebacks:
+        with contextlib.suppress(OSError):  # a full disk must not hide the message
+            write_text(folder / "error.txt", "\n".join(tracebacks))
+    if len(said) == 1 and not engaged(launch):
+        return next(iter(said))
+    return "; ".join(
+        message if None in ranks else f"{named(ranks, launch)}: {message}" for message, ranks in said.items()
+    )
+
+
+def named(ranks: list[int], launch: LaunchConfig) -> str:
+    """How a message calls ranks."""
+    if not engaged(launch):
+        return "the worker"
+    if not ranks:
+        return "accelerate launch"
+    *some, last = map(str, sorted(ranks))
+    return f"ranks {', '.join(some)} and {last}" if some else f"rank {last}"
+
+
+def reports_in(folder: Path) -> Iterable[Path]:
+    """The files in which ranks and their launcher say how they failed."""
+    return [file for pattern in (".error.*.json", CODES) for file in folder.glob(pattern)]

@@ -44,10 +44,11 @@ def acquire(folder: Path) -> None:
 
 
 def join(folder: Path) -> None:
-    """Name this process as the worker of the command that holds the lock and started this process."""
+    """Name this process as the worker of the command that holds the lock and started it, itself or by its launcher."""
+    above = [process.pid for process in psutil.Process().parents()[:2]]
     with guarded(folder):
         lock = read_lock(folder)
-        if lock is None or lock["command"]["pid"] != os.getppid():
+        if lock is None or lock["command"]["pid"] not in above:
             raise InUse(f"{folder} is not locked by the command that started this worker")
         write_json(folder / LOCK, lock | {"worker": this_process()})
 

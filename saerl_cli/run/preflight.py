@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.config import typed
+from saerl_cli.config.groups import ALL_GPUS
 from saerl_cli.run import cluster, launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
 from saerl_cli.run.directory import Run, shown
@@ -20,11 +21,14 @@ SAE_WEIGHTS = "sae_weights.safetensors"
 """The file by whose hash a run names an SAE."""
 
 
-def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multirun: bool) -> Path | None:
+def preflight(
+    name: str, flags: Sequence[str], overrides: Sequence[str], multirun: bool
+) -> tuple[Path | None, list[str]]:
     """Compose every point, build its dataclass, run the command's own checks; lock the directory of a single run.
 
     Returns:
-        The locked run directory; None for a sweep, whose points are locked when they start.
+        The locked run directory, None for a sweep, whose points are locked when they start; and words that write down
+        what this machine decided.
 
     Raises:
         ValueError: one line saying what is wrong and what to write instead.
@@ -47,12 +51,13 @@ def preflight(name: str, flags: Sequence[str], overrides: Sequence[str], multiru
         ]
         for point in points:  # checks may read files: only once all are well-formed
             check_point(name, point)
+        decided = decisions(points)
         folder = points[0].folder
         if multirun or folder is None:
-            return None
+            return None, decided
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)
-        return folder
+        return folder, decided
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
     except OSError as error:
@@ -71,6 +76,18 @@ class Point:
     """Its settings as Hydra composed them."""
     config: Any
     """The same as its dataclass."""
+    counted: bool
+    """Whether its number of processes is that of the GPUs."""
+
+
+def decisions(points: Sequence[Point]) -> list[str]:
+    """The number of GPUs as a word, where `launch=gpu` and its like ask for it, so that the run's config names it."""
+    if not any(point.counted for point in points):
+        return []
+    numbers = {point.config.launch.num_processes for point in points}
+    if len(numbers) > 1:
+        raise ValueError("a sweep over launch= cannot count GPUs; name numbers, for instance launch=one,gpu_2")
+    return [f"launch.num_processes={numbers.pop()}"]
 
 
 def is_plain(sweeper: Any) -> bool:
@@ -83,10 +100,15 @@ def as_point(name: str, cfg: Any, number: int | None, foreseen: bool = True) -> 
     from omegaconf import open_dict
 
     folder = run_dir(cfg, number) if foreseen else None
-    launcher = cfg.hydra.launcher if number is not None else None
+    launcher, hydra = cfg.hydra.launcher if number is not None else None, cfg.hydra
+    counted = "launch" in cfg and cfg.launch.num_processes == ALL_GPUS
     with open_dict(cfg):
+        if counted:
+            on_cluster = launcher is not None and cluster.is_slurm(launcher)
+            visible = hydra.launcher.get("gpus_per_node") if on_cluster else launch.gpus()
+            cfg.launch.num_processes = launch.counted(cfg.launch, hydra.runtime.choices.launch, visible)
         del cfg["hydra"]
-    return Point(folder, launcher, cfg, typed(cfg, resolve(JOBS[name].schema)))
+    return Point(folder, launcher, cfg, typed(cfg, resolve(JOBS[name].schema)), counted)
 
 
 def check_point(name: str, point: Point) -> None:

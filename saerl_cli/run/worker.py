@@ -1,4 +1,4 @@
-"""One rank of a job: `python -m saerl_cli.run.worker RUN SCHEMA WORK`, started by `launch.run_ranks`."""
+"""One rank of a job: `python -m saerl_cli.run.worker RUN SCHEMA WORK`, started by `launch.run_ranks` or its agent."""
 
 import os
 import sys
@@ -12,10 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from saerl_cli.config import typed
+from saerl_cli.config.groups import Sharding
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run, shown
-from saerl_cli.run.files import write_json, write_text
+from saerl_cli.run.files import write_json
 from saerl_cli.run.jobs import resolve
+from saerl_cli.run.launch import AFTERMATH_S
 from saerl_cli.run.preflight import flat
 
 ORPHAN_CHECK_S = 0.2
@@ -34,6 +36,8 @@ def main(folder: Path, schema: str, work: str) -> None:
             report(folder, rank, error)
         except OSError:  # a full disk: then on the terminal
             print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        if "WORLD_SIZE" in os.environ:
+            time.sleep(AFTERMATH_S)
         os._exit(1)  # at once: a rank that waits for others in a collective would never end
     if rank == 0:
         Run(folder).update(result=result)
@@ -64,6 +68,7 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
         project_dir=folder,
     )
     check_world_size(accelerator.num_processes, config.launch.num_processes)
+    check_sharding(accelerator.distributed_type.value, config.launch.sharding)
     run = Run(folder, writes=rank == 0)
     if config.launch.trackers:
         track(accelerator, run)
@@ -88,6 +93,13 @@ def check_world_size(got: int, asked: int) -> None:
         raise RuntimeError(f"launch.num_processes={asked}, but {got} process(es) found each other; write launch=one")
 
 
+def check_sharding(got: str, asked: Sharding) -> None:
+    """Accelerate falls back to whole models without a word, for instance on a CPU."""
+    kinds = {Sharding.fsdp2: "FSDP", Sharding.deepspeed_zero2: "DEEPSPEED", Sharding.deepspeed_zero3: "DEEPSPEED"}
+    if asked in kinds and kinds[asked] != got:
+        raise RuntimeError(f"launch.sharding={asked.value}, but Accelerate set up {got}; write launch=gpu")
+
+
 def device_name(device: Any) -> str:
     """The device as a person knows it."""
     import torch
@@ -96,19 +108,19 @@ def device_name(device: Any) -> str:
 
 
 def report(folder: Path, rank: int, error: Exception) -> None:
-    """Leave the reason for the command; unless the message says it all, the traceback goes to RUN/error.txt."""
+    """Leave the reason for the command and, unless the message says it all, the traceback for RUN/error.txt."""
+    said = {"rank": rank, "time": time.time(), "message": " ".join(str(error).split()), "traceback": None}
     text = traceback.format_exc()
-    message = " ".join(str(error).split())
     if os.environ.get("SAERL_TRACEBACK") == "1":
         print(text, file=sys.stderr, flush=True)
     if not isinstance(error, ValueError | OSError):
-        write_text(folder / "error.txt", text)
-        message = f"{type(error).__name__}: {message} (traceback in {shown(folder / 'error.txt')})"
-    write_json(folder / f".error.{rank}.json", {"rank": rank, "time": time.time(), "message": message})
+        said["traceback"] = text
+        said["message"] = f"{type(error).__name__}: {said['message']} (traceback in {shown(folder / 'error.txt')})"
+    write_json(folder / f".error.{rank}.json", said)
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its command is gone: a killed command leaves no workers behind."""
+    """End this process soon after the one that started it is gone: a killed command leaves no workers behind."""
 
     def watch() -> None:
         while os.getppid() == parent:

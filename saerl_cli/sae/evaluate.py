@@ -11,6 +11,7 @@ from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.models import Loaded, Site, context_size, describe, known_sha256, resolve_sites
+from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
 from saerl_cli.sae.files.saelens import site_of
@@ -105,8 +106,6 @@ def check(config: EvalSaeConfig) -> None:
     Raises:
         ValueError: one line saying what is wrong.
     """
-    if config.launch.num_processes > 1:
-        raise ValueError("saerl eval-sae measures in one process; write launch=one")
     folders = list_saes(config.paths())
     model, data = settings(config, folders)
     description = describe(model)
@@ -187,12 +186,13 @@ class Evaluated:
     """Share of the held-out tokens on which each feature fires, [d_sae] by name."""
 
 
-def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
+def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluated:
     """Load the model and its SAEs and measure them.
 
     Args:
         config: what to measure.
         device: where.
+        team: the processes that share the held-out text. Stability and probes are left to the first of them.
 
     Raises:
         ValueError: what `check` could not see without loading the model.
@@ -200,7 +200,7 @@ def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
     from saerl_cli.activations import special_ids, token_rows
     from saerl_cli.models import load_model
     from saerl_cli.sae.files import load_sae, sae_sha256
-    from saerl_cli.sae.metrics import evaluate_saes, first_rows
+    from saerl_cli.sae.metrics import evaluate_saes, first_rows, shared_rows
     from saerl_cli.sae.stability import stability
 
     folders = list_saes(config.paths())
@@ -216,17 +216,19 @@ def evaluate(config: EvalSaeConfig, device: Any) -> Evaluated:
     rows = token_rows(documents(data, model, "heldout"), loaded.tokenizer, length)
     rows = first_rows(rows, special, config.eval_tokens)
     say(f"measuring {len(saes)} SAEs on {rows.numel()} held-out tokens")
-    metrics = evaluate_saes(loaded.model, sites, saes, rows, special)
+    own = shared_rows(rows, team)
+    metrics = evaluate_saes(loaded.model, sites, saes, own, special, team.total)
     rates = {name: numbers.pop("firing_rate").float().cpu() for name, numbers in metrics.items()}
     controls = {}
     if config.controls:
         train = token_rows(documents(data, model, "train"), loaded.tokenizer, length)
-        controls = measured_controls(config, loaded.model, saes, sites, train, rows, special)
+        controls = measured_controls(config, loaded.model, saes, sites, train, own, special, team)
+    first = team.rank == 0
     return Evaluated(
         saes={name: described(saes[name], sites) | metrics[name] for name in saes},
         controls=controls,
-        stability=stability(saes, config.seed),
-        probes=probes(config, model, data, loaded, sites, saes, length),
+        stability=stability(saes, config.seed) if first else [],
+        probes=probes(config, model, data, loaded, sites, saes, length) if first else {},
         inputs={
             "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
             "sae": {name: {"path": str(path), "sha256": sae_sha256(path)} for name, path in folders.items()},
@@ -243,6 +245,7 @@ def measured_controls(
     train: "Tensor",
     rows: "Tensor",
     special: Sequence[int],
+    team: Team = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """The metrics of `saerl_cli.sae.controls`, by NAME/CONTROL.
 
@@ -252,8 +255,9 @@ def measured_controls(
         saes: by name.
         sites: of the SAEs.
         train: training text as token ids, [rows, context_size].
-        rows: held-out text.
+        rows: held-out text, this process's.
         special: token ids to leave out.
+        team: the processes. All make the controls, and measure the first one's.
     """
     from saerl_cli.sae import controls as make
     from saerl_cli.sae.metrics import evaluate_saes, place
@@ -276,7 +280,9 @@ def measured_controls(
     there = list((by_name | {site.name: site for site in others}).values())
     found = {}
     for kind, (network, made) in kinds.items():
-        numbers = evaluate_saes(network, there, made, rows, special) if made else {}
+        for sae in made.values():
+            team.agree(list(sae.state_dict().values()))
+        numbers = evaluate_saes(network, there, made, rows, special, team.total) if made else {}
         for name in made:
             what = {"control": kind, "of": name} | described(made[name], there)
             del numbers[name]["firing_rate"]

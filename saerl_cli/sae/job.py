@@ -8,7 +8,7 @@ summed, so that n processes with batch B train what one process with batch B wou
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from saerl_cli.activations import check_stream, iter_documents, planted_reviews, row_length
 from saerl_cli.config.groups import DataKind, ModelKind, refuse_unless
@@ -16,6 +16,7 @@ from saerl_cli.config.sae import Centre
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.models import Loaded, context_size, describe, light_tokenizer, locate
 from saerl_cli.run.files import read_json, write_json, write_safetensors
+from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import bar, say
 from saerl_cli.sae.files import check_source
 from saerl_cli.sae.presets import conversion_line
@@ -99,7 +100,7 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     plans = plan(config, loaded.model)
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
     _announce(run, loaded, plans)
-    reduce = _sum_over_processes(accelerator)
+    reduce = _team(accelerator).total
     trainers = _trainers(plans, accelerator, reduce)
     place, seconds = _resume(run, trainers)
     stream = open_stream(
@@ -121,7 +122,7 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
         _account(run, stream, reduce, accelerator)
     finally:
         stream.close()
-    return results(config, run, accelerator.device, loaded, plans, trainers, seconds, _share(accelerator), reduce)
+    return results(config, run, accelerator.device, loaded, plans, trainers, seconds, _team(accelerator))
 
 
 def _announce(run: "Run", loaded: Loaded, plans: list[Planned]) -> None:
@@ -176,19 +177,8 @@ def _autocast(model: Any, accelerator: "Accelerator") -> Iterator[None]:
         model.forward = forward
 
 
-def _sum_over_processes(accelerator: "Accelerator") -> Reduce:
-    if accelerator.num_processes == 1:
-        return lambda tensor: tensor
-
-    def total(tensor: "Tensor") -> "Tensor":
-        return cast("Tensor", accelerator.reduce(tensor, "sum"))  # it declares any nesting of tensors
-
-    return total
-
-
-def _share(accelerator: "Accelerator") -> slice:
-    """The held-out rows that this process evaluates."""
-    return slice(accelerator.process_index, None, accelerator.num_processes)
+def _team(accelerator: "Accelerator") -> Team:
+    return Team(accelerator.process_index, accelerator.num_processes)
 
 
 def _account(run: "Run", stream: "ShuffledStream", reduce: Reduce, accelerator: "Accelerator") -> None:

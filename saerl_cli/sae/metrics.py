@@ -33,6 +33,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from saerl_cli.activations import FORWARD_TOKENS, capture, text_mask
 from saerl_cli.models import Site, output_tensor, resolve_sites
+from saerl_cli.run.processes import Team
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.jackknife import Reduce, Sums, alone, by_row, jackknife, joined, pooled
 
@@ -347,6 +348,17 @@ def first_rows(rows: Tensor, special: Sequence[int], tokens: int) -> Tensor:
     """As many rows from the start as hold `tokens` tokens of text, or all."""
     before = text_mask(rows, special).sum(1).cumsum(0)
     return rows[: int((before < tokens).sum()) + 1]
+
+
+def shared_rows(rows: Tensor, team: Team) -> Tensor:
+    """The rows of one process, [its rows, context_size]: whole chunks, so that what is measured in one stays the same.
+
+    Args:
+        rows: all, [rows, context_size].
+        team: the processes.
+    """
+    chunks = rows.split(max(1, FORWARD_TOKENS // rows.shape[1]))[team.rank :: team.size]
+    return torch.cat(chunks) if chunks else rows[:0]
 
 
 def _chunks(model: Any, rows: Tensor, special: Sequence[int], tokens: int) -> Iterator[tuple[Tensor, Tensor]]:

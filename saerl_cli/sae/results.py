@@ -7,13 +7,12 @@ from saerl_cli.activations import documents, row_length
 from saerl_cli.config.groups import DataKind
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.models import Loaded
+from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import hook_name, sae_sha256, save_sae
 from saerl_cli.sae.sweep import Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from torch import Tensor
 
@@ -30,8 +29,7 @@ def results(
     plans: list[Planned],
     trainers: "dict[str, SaeTrainer]",
     seconds: float,
-    share: slice,
-    reduce: "Callable[[Tensor], Tensor]",
+    team: Team,
 ) -> float:
     """Save and evaluate the trained SAEs; returns their mean FVU.
 
@@ -43,11 +41,10 @@ def results(
         plans: what was trained.
         trainers: by name.
         seconds: that training took.
-        share: the held-out rows of this process.
-        reduce: sums a tensor over all processes.
+        team: the processes that share the held-out rows.
     """
     from saerl_cli.activations import special_ids, token_rows
-    from saerl_cli.sae.metrics import evaluate_saes, first_rows
+    from saerl_cli.sae.metrics import evaluate_saes, first_rows, shared_rows
 
     length, special = row_length(config.data, loaded.context_size), special_ids(loaded.tokenizer)
     saes = {p.name: _finished(config, loaded, p, trainers[p.name], length).to(device) for p in plans}
@@ -55,7 +52,7 @@ def results(
     rows = first_rows(token_rows(texts, loaded.tokenizer, length), special, config.eval_tokens)
     say(f"evaluating on {rows.numel()} held-out tokens")
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
-    metrics = evaluate_saes(loaded.model, sites, saes, rows[share], special, reduce)
+    metrics = evaluate_saes(loaded.model, sites, saes, shared_rows(rows, team), special, team.total)
     attributes = _attributes(config, loaded, plans, saes, length) if run.writes else {}
     summary, outputs = {}, {}
     for p in plans:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.groups import WorldConfig
 from saerl_cli.run.files import atomic_folder, read_json, sha256_file, write_json, write_safetensors
+from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import say
 from saerl_cli.world.language import VOCABULARY, Review, review
 from saerl_cli.world.shape import model_shape
@@ -80,7 +81,11 @@ def cache_key(config: WorldConfig) -> str:
 
 
 def planted_model(
-    config: WorldConfig, run: "Run | None" = None, log_every: int = 50, checkpoint_every: int = 200
+    config: WorldConfig,
+    run: "Run | None" = None,
+    log_every: int = 50,
+    checkpoint_every: int = 200,
+    team: Team = ALONE,
 ) -> Path:
     """The folder of the embedded model, as `from_pretrained` reads it; trained first if it is missing or damaged.
 
@@ -91,21 +96,22 @@ def planted_model(
         run: where losses and checkpoints of a training go.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints.
+        team: the processes that train it together; the first holds the lock and writes.
 
     Raises:
         ValueError: the cache folder cannot be written.
     """
     folder = planted_folder(config)
-    if damage(folder) is None:
+    if team.told(damage(folder)) is None:
         return folder
-    with alone(folder):
-        problem = damage(folder)  # another process may have trained it meanwhile
+    with alone(folder) if team.rank == 0 else contextlib.nullcontext():
+        problem = team.told(damage(folder))  # another process may have trained it meanwhile
         if problem is not None:
             if folder.exists():
                 say(f"the cached model {folder} is damaged ({problem}); training it again")
             else:
                 say("training the embedded language model, once; later runs find it in the cache")
-            train_planted(config, folder, run, log_every, checkpoint_every)
+            train_planted(config, folder, run, log_every, checkpoint_every, team)
     return folder
 
 
@@ -148,7 +154,9 @@ def alone(folder: Path) -> Iterator[None]:
 # --- filling it ------------------------------------------------------------------------------------------------------
 
 
-def train_planted(config: WorldConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int) -> None:
+def train_planted(
+    config: WorldConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int, team: Team = ALONE
+) -> None:
     """Train the embedded model and put it into the cache."""
     from saerl_cli.world.tokenizer import build_tokenizer
     from saerl_cli.world.train import train_model
@@ -157,25 +165,27 @@ def train_planted(config: WorldConfig, folder: Path, run: "Run | None", log_ever
     tokenizer = build_tokenizer(VOCABULARY, config.context_size)
     ids = tokenizer.get_vocab()
     training = [[ids[word] for word in document.words] for document in planted_documents(config, "train")]
-    model = train_model(config, training, tokenizer, run, log_every, checkpoint_every)
+    model = train_model(config, training, tokenizer, run, log_every, checkpoint_every, team=team)
     heldout = list(planted_documents(config, "heldout"))
     record = {
         "config": asdict(config),
-        **measure(model, [[ids[word] for word in document.words] for document in heldout], tokenizer),
+        **measure(model, [[ids[word] for word in document.words] for document in heldout], tokenizer, team),
         "entropy": sum(document.nats for document in heldout) / sum(len(document.words) + 1 for document in heldout),
         "seconds": round(time.monotonic() - start, 1),
     }
-    with atomic_folder(folder, replace=True) as partial:
-        save_model(model, tokenizer, partial, record)
+    if team.rank == 0:
+        with atomic_folder(folder, replace=True) as partial:
+            save_model(model, tokenizer, partial, record)
 
 
 def measure(
-    model: "GPTNeoXForCausalLM", heldout: list[list[int]], tokenizer: "PreTrainedTokenizerFast"
+    model: "GPTNeoXForCausalLM", heldout: list[list[int]], tokenizer: "PreTrainedTokenizerFast", team: Team = ALONE
 ) -> dict[str, Any]:
     """Number of parameters, and loss in nats per token on held-out documents."""
     from saerl_cli.world.train import end_id, heldout_loss
 
-    return {"parameters": model.num_parameters(), "loss_heldout": heldout_loss(model, heldout, end_id(tokenizer))}
+    loss = heldout_loss(model, heldout, end_id(tokenizer), team=team)
+    return {"parameters": model.num_parameters(), "loss_heldout": loss}
 
 
 def save_model(

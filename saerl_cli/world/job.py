@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from saerl_cli.config.groups import DataKind, ModelKind, refuse_unless
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.run.files import atomic_folder, read_json
+from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say
 from saerl_cli.world.cache import damage, measure, planted_folder, planted_model, save_model
 from saerl_cli.world.text import read_documents, split_documents
@@ -32,9 +33,11 @@ def check(config: TrainLmConfig) -> None:
         config.data.kind in (DataKind.planted, DataKind.text),
         "train-lm reads data=planted, or data=text data.path=FILE",
     )
+    world, processes = config.model.world, config.launch.num_processes
     refuse_unless(
-        config.launch.num_processes == 1,
-        f"train-lm runs in one process, got launch.num_processes={config.launch.num_processes}; write launch=one",
+        world.batch_size >= processes,
+        f"model.world.batch_size={world.batch_size} is less than a row for each of"
+        f" launch.num_processes={processes} processes",
     )
     refuse_unless(
         config.data.context_size in (None, config.model.world.context_size),
@@ -45,18 +48,24 @@ def check(config: TrainLmConfig) -> None:
 
 
 def work(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> float:
-    """Train, or take the embedded model from the cache; returns the held-out loss in nats per token."""
+    """Train, or take the embedded model from the cache; returns the held-out loss in nats per token.
+
+    The first process alone writes, and knows the summary.
+    """
+    team = Team(accelerator.process_index, accelerator.num_processes)
     is_planted = config.data.kind is DataKind.planted
-    summary = planted(config, run) if is_planted else from_text(config, run, accelerator)
+    summary = planted(config, run, team) if is_planted else from_text(config, run, accelerator.device, team)
     run.summary(summary)
-    return summary["loss_heldout"]
+    return summary.get("loss_heldout", 0.0)
 
 
-def planted(config: TrainLmConfig, run: "Run") -> dict[str, Any]:
+def planted(config: TrainLmConfig, run: "Run", team: Team) -> dict[str, Any]:
     """RUN/model is a copy of the cached model, which is trained here if need be."""
     world = config.model.world
-    cached = damage(planted_folder(world)) is None
-    folder = planted_model(world, run, config.log_every, config.checkpoint_every)
+    cached = team.told(damage(planted_folder(world)) is None)
+    folder = planted_model(world, run, config.log_every, config.checkpoint_every, team)
+    if not run.writes:
+        return {}
     if cached:
         say(f"this model is in the cache already, copied from {folder}")
     with atomic_folder(run.path / "model", replace=True) as partial:
@@ -68,7 +77,7 @@ def planted(config: TrainLmConfig, run: "Run") -> dict[str, Any]:
     return {**summary, "cached": cached}
 
 
-def from_text(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> dict[str, Any]:
+def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dict[str, Any]:
     """RUN/model is a model of the text's words."""
     from saerl_cli.world.tokenizer import build_tokenizer, frequent_words
     from saerl_cli.world.train import train_model
@@ -79,16 +88,16 @@ def from_text(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> 
     words = frequent_words(build_tokenizer([]), training, VOCABULARY_LIMIT)
     tokenizer = build_tokenizer(words, world.context_size)
     ids = [tokenizer(document)["input_ids"] for document in training]
-    model = train_model(
-        world, ids, tokenizer, run, config.log_every, config.checkpoint_every, device=accelerator.device
-    )
+    model = train_model(world, ids, tokenizer, run, config.log_every, config.checkpoint_every, device=device, team=team)
     record = {
         "config": asdict(world),
         "data": config.data.path,
-        **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer),
+        **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer, team),
         "entropy": None,
         "seconds": round(time.monotonic() - start, 1),
     }
+    if not run.writes:
+        return {}
     with atomic_folder(run.path / "model", replace=True) as partial:
         save_model(model, tokenizer, partial, record)
     return summary_of(run.path / "model") | {"cached": False}

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from saerl_cli.config.groups import WorldConfig
 from saerl_cli.run.files import write_safetensors
+from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import progress
 from saerl_cli.world.shape import model_shape
 
@@ -40,6 +42,7 @@ def train_model(
     log_every: int = 50,
     checkpoint_every: int = 200,
     device: torch.device | str = "cpu",
+    team: Team = ALONE,
 ) -> GPTNeoXForCausalLM:
     """A GPT-NeoX model trained from scratch to continue the documents.
 
@@ -51,24 +54,27 @@ def train_model(
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints.
         device: where to train.
+        team: the processes that share the rows of every batch; all end with the same weights.
 
     Raises:
-        ValueError: there is too little text for one row, or the loss is not finite.
+        ValueError: there is too little text for one row, or a row a process, or the loss is not finite.
     """
     rows = pack_rows(documents, config.context_size, end_id(tokenizer))
+    if len(rows) < team.size:
+        raise ValueError(f"the text fills {len(rows)} rows, fewer than launch.num_processes={team.size}")
     model = new_model(config, len(tokenizer))
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     optimizer = new_optimizer(model)
     start = resume(model, optimizer, run)
     for step in progress(range(start, config.steps), "language model"):
         batch = batch_of(rows, config, step).to(device)
-        loss = train_step(model, optimizer, batch, learning_rate(config, step))
+        loss = train_step(model, optimizer, batch, learning_rate(config, step), team)
         done = step + 1
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {done}; lower model.world.lr={config.lr}")
         if run and (done % log_every == 0 or done == config.steps):
             run.log(done, loss=loss, lr=learning_rate(config, step), tokens=done * batch.numel())
-        if run and done % checkpoint_every == 0 and done < config.steps:
+        if run and run.writes and done % checkpoint_every == 0 and done < config.steps:
             with run.save_checkpoint(done) as folder:
                 save_training(model, optimizer, folder)
     return model.cpu().eval()
@@ -148,16 +154,22 @@ def learning_rate(config: WorldConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
 
 
-def train_step(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float) -> float:
-    """One step on `[batch, sequence]` tokens; returns the loss in nats per token."""
+def train_step(
+    model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float, team: Team = ALONE
+) -> float:
+    """One step on `[batch, sequence]` tokens, every process on rows of its own; returns the loss in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = next_token_loss(model, batch, batch, "mean")
+    own = batch[team.rank :: team.size]
+    loss = next_token_loss(model, own, own, "mean") * (len(own) / len(batch))  # this process's part of the mean
     optimizer.zero_grad()
     loss.backward()
+    if team.size > 1:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        vector_to_parameters(team.total(parameters_to_vector(gradients)), gradients)
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
-    return loss.item()
+    return team.total(loss.detach()).item()
 
 
 def next_token_loss(model: GPTNeoXForCausalLM, tokens: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -169,7 +181,9 @@ def next_token_loss(model: GPTNeoXForCausalLM, tokens: Tensor, labels: Tensor, r
 
 
 @torch.no_grad()
-def heldout_loss(model: GPTNeoXForCausalLM, documents: Sequence[list[int]], end: int, batch_size: int = 64) -> float:
+def heldout_loss(
+    model: GPTNeoXForCausalLM, documents: Sequence[list[int]], end: int, batch_size: int = 64, team: Team = ALONE
+) -> float:
     """Nats per token over the documents and their end tokens, each read after one end token.
 
     What exceeds the context is read as a sequence of its own that starts at the last token already predicted.
@@ -179,17 +193,20 @@ def heldout_loss(model: GPTNeoXForCausalLM, documents: Sequence[list[int]], end:
         documents: token ids without end tokens.
         end: id of the end token.
         batch_size: sequences read at once.
+        team: the processes that share the batches; all get the same number.
     """
     context_size = model.config.max_position_embeddings
     sequences = []
     for document in documents:
         tokens = [end, *document, end]
         sequences += [tokens[start : start + context_size] for start in range(0, len(tokens) - 1, context_size - 1)]
-    total = 0.0
-    for start in range(0, len(sequences), batch_size):
-        batch = [torch.tensor(sequence) for sequence in sequences[start : start + batch_size]]
+
+    def nats(part: slice) -> float:
+        batch = [torch.tensor(sequence) for sequence in sequences[part]]
         labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=IGNORED)  # [batch, longest]
-        total += next_token_loss(model, labels.clamp(min=0), labels, "sum").item()
+        return next_token_loss(model, labels.clamp(min=0), labels, "sum").item()
+
+    total = sum(team.by_batch(len(sequences), batch_size, nats))
     return total / sum(len(sequence) - 1 for sequence in sequences)
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.frozen.sampling import compact, sample
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.prompts.beginnings import Prompt
+from saerl_cli.run.processes import ALONE, Team
 
 
 @dataclass
@@ -49,23 +51,25 @@ def generate(
     temperature: float,
     batch_size: int,
     seed: int,
+    team: Team = ALONE,
 ) -> list[list[int]]:
     """Sample one completion a prompt, up to and including its first end token.
 
     The samples are a function of the arguments, and each of its own place in the list: the random state of the
-    process is neither used nor moved.
+    process is neither used nor moved. Processes of a team share the batches, and all get all completions.
     """
-    device, completions = model.device, []
+    device = model.device
     uniforms = torch.rand(
         len(prompts), max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
+
+    def completions(part: slice) -> list[list[int]]:
+        ids, mask = left_padded([p.input_ids for p in prompts[part]], tokenizer.pad_token_id)
+        settings = (max_new_tokens, eos_token_ids, temperature, uniforms[part])
+        return sample(model, ids.to(device), mask.to(device), *settings)
+
     with compact(model):
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            ids, mask = left_padded([p.input_ids for p in prompts[part]], tokenizer.pad_token_id)
-            settings = (max_new_tokens, eos_token_ids, temperature, uniforms[part])
-            completions += sample(model, ids.to(device), mask.to(device), *settings)
-    return completions
+        return list(chain.from_iterable(team.by_batch(len(prompts), batch_size, completions)))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +102,12 @@ def log_probabilities(
 
 @torch.no_grad()
 def sequence_kl(
-    policy: Policy, prompts: Sequence[Prompt], completions: Sequence[list[int]], temperature: float, batch_size: int
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    completions: Sequence[list[int]],
+    temperature: float,
+    batch_size: int,
+    team: Team = ALONE,
 ) -> tuple[list[float], list[float]]:
     """KL of the policy from its reference along given completions, in nats a completion.
 
@@ -106,38 +115,41 @@ def sequence_kl(
         For every completion: `sum_t log pi(y_t) - log pi_ref(y_t)` (k1, an unbiased estimate when the policy wrote
         them), and `sum_t KL(pi(.|y_<t) || pi_ref(.|y_<t))` over the whole vocabulary.
     """
-    k1: list[float] = []
-    exact: list[float] = []
     pad = policy.tokenizer.pad_token_id
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
+
+    def divergence(part: slice) -> Tensor:
         arguments = (prompts[part], completions[part], pad, temperature)
         logp, tokens, mask = log_probabilities(policy.model, *arguments)
         with policy.reference() as reference:
             logp_ref, _, _ = log_probabilities(reference, *arguments)
         difference = logp - logp_ref  # [n, T, vocabulary]
         chosen = difference.gather(-1, tokens[..., None]).squeeze(-1)  # [n, T]
-        k1 += (chosen * mask).double().sum(1).tolist()
-        exact += ((logp.exp() * difference).sum(-1) * mask).double().sum(1).tolist()
+        k1 = (chosen * mask).double().sum(1)
+        exact = ((logp.exp() * difference).sum(-1) * mask).double().sum(1)
+        return torch.stack([k1, exact]).cpu()  # [2, n]
+
+    k1, exact = torch.cat(team.by_batch(len(prompts), batch_size, divergence), dim=1).tolist()
     return k1, exact
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16) -> float:
+def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16, team: Team = ALONE) -> float:
     """Mean negative log-likelihood of held-out text, nats per token; the ends of documents count, filling does not.
 
     Args:
         model: a causal language model.
         rows: [n, context] packed token ids, each row beginning with the separator of documents.
         batch_size: rows in one forward pass.
+        team: the processes that share the batches; all get the same number.
     """
-    total, count = 0.0, 0
     separator = rows[0, 0].item()
-    for start in range(0, len(rows), batch_size):
-        loss, text = token_losses(model, rows[start : start + batch_size], separator)
-        total += loss.sum().item()
-        count += int(text.sum())
-    return total / max(count, 1)
+
+    def nats(part: slice) -> tuple[float, int]:
+        loss, text = token_losses(model, rows[part], separator)
+        return loss.sum().item(), int(text.sum())
+
+    losses, counts = zip(*team.by_batch(len(rows), batch_size, nats), strict=True)
+    return sum(losses) / max(sum(counts), 1)
 
 
 def token_losses(model: Any, rows: Tensor, separator: Any) -> tuple[Tensor, Tensor]:
@@ -168,6 +180,8 @@ class Sampling:
     temperature: float
     batch_size: int
     seed: int
+    team: Team = ALONE
+    """The processes that share the batches. The samples are the same however many there are."""
 
 
 def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Sampling, reference: bool = False) -> Samples:
@@ -175,7 +189,7 @@ def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Samplin
     tokenizer = policy.tokenizer
 
     def completions_of(model: Any) -> list[list[int]]:
-        settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed)
+        settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed, how.team)
         return generate(model, prompts, tokenizer, policy.eos_token_ids, *settings)
 
     if reference:
@@ -184,10 +198,17 @@ def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Samplin
     else:
         ids = completions_of(policy.model)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scores = reward.score([p.text for p in prompts], texts, ids, [p.answer for p in prompts])
+
+    def score(part: slice) -> dict[str, list[float]]:
+        given = prompts[part]
+        return reward.score([p.text for p in given], texts[part], ids[part], [p.answer for p in given])
+
+    alone = how.team.size == 1
+    parts = [score(slice(None))] if alone else how.team.by_batch(len(ids), how.batch_size, score)
+    scores = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     samples = Samples(list(prompts), ids, texts, scores)
     if not reference:
-        samples.kl, samples.kl_exact = sequence_kl(policy, prompts, ids, how.temperature, how.batch_size)
+        samples.kl, samples.kl_exact = sequence_kl(policy, prompts, ids, how.temperature, how.batch_size, how.team)
     return samples
 
 
@@ -274,7 +295,7 @@ def measure(
     before = draw(policy, reward, prompts, how, reference=True)
     after = draw(policy, reward, prompts, how)
     with policy.reference() as reference:
-        loss_before = heldout_loss(reference, heldout)
+        loss_before = heldout_loss(reference, heldout, team=how.team)
     reward_before, error_before = mean_and_error(before.scores[TOTAL])
     reward_after, error_after = mean_and_error(after.scores[TOTAL])
     kl, kl_error = mean_and_error(after.kl)
@@ -289,7 +310,7 @@ def measure(
         "kl_exact": kl_exact,
         "kl_exact_se": kl_exact_error,
         "nll_heldout_before": loss_before,
-        "nll_heldout_after": heldout_loss(policy.model, heldout),
+        "nll_heldout_after": heldout_loss(policy.model, heldout, team=how.team),
     }
     for name, samples in (("before", before), ("after", after)):
         described = describe(samples, policy.eos_token_ids, attributes)
