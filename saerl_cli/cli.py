@@ -219,6 +219,54 @@ def reproduce(
     raise typer.Exit(code)
 
 
+@app.command("plan", context_settings=HYDRA)
+def plan(
+    command: Annotated[
+        str, typer.Argument(metavar="COMMAND", help="train-lm, train-sae, train-reward, rlhf or evaluate.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The words that would follow the command.")
+    ] = None,
+    sparse_coeffs: Annotated[bool, typer.Option("--sparse-coeffs", help="As for saerl rlhf.")] = False,
+    sae: Annotated[
+        str, typer.Option("--sae", help="Words of the saerl train-sae whose SAEs adapter.saes will name.")
+    ] = "",
+    length: Annotated[
+        float | None, typer.Option("--length", help="Tokens of a completion on average; the longest when empty.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="A GPU by its published numbers, as a100-80gb or h200; or here.")
+    ] = "",
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Time pieces of the job here, a minute at most; kept.")
+    ] = True,
+    again: Annotated[bool, typer.Option("--again", help="Time also what was timed before.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write that JSON to a file too.")] = None,
+) -> None:
+    """Say what memory and time a job needs before it runs."""
+    import shlex
+
+    from saerl_cli.run.bridge import refuse
+
+    sugar = ["adapter=sparse_coeffs"] if sparse_coeffs else []
+    try:
+        from saerl_cli.plan.command import plan as planned
+        from saerl_cli.plan.table import text_of
+        from saerl_cli.run.files import as_json as json_of
+        from saerl_cli.run.files import write_json
+
+        found = planned(command, [*sugar, *(overrides or [])], device, probe, shlex.split(sae), length, again)
+        if out is not None:
+            write_json(out, found)
+        typer.echo(json_of(found) if as_json else text_of(found))
+    except ValueError as error:
+        refuse(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        typer.echo(f"saerl: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
 @app.command("runs")
 def runs(
     folders: Annotated[

@@ -388,7 +388,7 @@ def _module_site(path: str, model: Any) -> Site:
     """A site given by module path; its width is that of the module's output in a forward pass."""
     import torch
 
-    network: Any = model if isinstance(model, torch.nn.Module) else _without_weights(model)
+    network: Any = model if isinstance(model, torch.nn.Module) else without_weights(model)
     modules = dict(network.named_modules())
     if path not in modules:
         near = sorted(name for name in modules if name.rpartition(".")[2] == path.rpartition(".")[2])[:3]
@@ -411,7 +411,7 @@ def _module_site(path: str, model: Any) -> Site:
     return Site(path, path, None, "module", shapes[0][-1])
 
 
-def _without_weights(description: Any) -> Any:
+def without_weights(description: Any) -> Any:
     """The module tree of a config on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig

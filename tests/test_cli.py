@@ -29,6 +29,7 @@ COMMANDS = (
     "export",
     "report",
     "reproduce",
+    "plan",
     "runs",
     "completion",
 )

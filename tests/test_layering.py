@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "saerl_cli"
-ORDER = ("world", "models", "activations", "sae", "adapter", "rewards", "rl", "analysis", "report", "demo", "reproduce")
+ORDER = ("world", "models", "activations", "sae", "adapter", "rewards", "rl", "plan", "analysis", "report", "demo")
+ORDER += ("reproduce",)
 EVERYWHERE = ("config", "run")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

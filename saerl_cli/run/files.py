@@ -21,7 +21,12 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: a number in it is NaN or infinite; the message names its key.
     """
     refuse_non_finite(value, path.name)
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any) -> str:
+    """Plain data as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:

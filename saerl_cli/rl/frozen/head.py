@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from trl.trainer.utils import FusedCausalLMOutput
 
-HELD = 2**22
-"""Logits held at once, about: 16 MiB a copy."""
+from saerl_cli.config.algo import HELD
 
 SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Settings of models that change logits between head and softmax: those keep TRL's head."""
