@@ -241,6 +241,21 @@ def test_nan_weights_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_point_of_a_sweep_is_named_behind_its_run(tmp_path):
+    run, names = (
+        tmp_path / "run",
+        [f"mlp_out.{site}-{point}" for site in (1, 2) for point in ("l1_2", "k_8-l1_2", "k_8")],
+    )
+    folders = {name: save_sae(make(site=name.partition("-")[0]), run / "sae" / name) for name in names}
+    assert find_saes(run / "k_8") == {f"mlp_out.{site}": folders[f"mlp_out.{site}-k_8"] for site in (1, 2)}
+    assert find_saes(run / "k_8-l1_2") == {f"mlp_out.{site}": folders[f"mlp_out.{site}-k_8-l1_2"] for site in (1, 2)}
+    assert find_saes(run / "l1_2") == {f"mlp_out.{site}": folders[f"mlp_out.{site}-l1_2"] for site in (1, 2)}
+    with pytest.raises(ValueError, match=r"no such folder, as .*run/POINT: k_8, k_8-l1_2, l1_2$"):
+        find_saes(run / "l1_3")
+    with pytest.raises(ValueError, match=r"both SAEs of mlp_out\.1; name one of them, as .*run/POINT: k_8, "):
+        find_saes(run)
+
+
 def test_saes_are_found_at_every_level(tmp_path):
     folders = {site: save_sae(make(site=site), tmp_path / "run" / "sae" / site) for site in ("mlp_out.1", "mlp_out.2")}
     assert find_saes(tmp_path / "run") == find_saes(tmp_path / "run" / "sae") == folders

@@ -124,8 +124,8 @@ class AdapterConfig:
     kind: AdapterKind = AdapterKind.full
     """`sparse_coeffs` or a baseline."""
     saes: str | None = None
-    """Run directory of `saerl train-sae`, its `sae` folder, or any folder of SAE folders (sparse_coeffs,
-    random_dictionary: the shapes and sparsity to imitate)."""
+    """Run directory of `saerl train-sae`, RUN/POINT for one point of its sweep, its `sae` folder, or any folder of SAE
+    folders (sparse_coeffs, random_dictionary: the shapes and sparsity to imitate)."""
     sites: list[str] | None = None
     """Use only these sites of the folder, all when empty (sparse_coeffs, random_dictionary); the places of the vectors,
     resid_post.* or mlp_hidden.* when empty (steering_vector, neuron_basis)."""

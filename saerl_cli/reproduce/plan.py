@@ -34,7 +34,7 @@ SMALL: dict[str, list[str]] = {
 """Words that bring a command down to seconds."""
 SMALL_WORLD = [*SMALL_MODEL, "model.world.layers=4"]
 """The embedded model of a small experiment: with the layers that the experiments name."""
-HAVE_MODELS = ("train-lm", "train-sae", "rlhf")
+HAVE_MODELS = ("train-lm", "train-sae", "train-reward", "rlhf")
 """Commands with settings of the embedded language model."""
 
 Values = dict[str, Any]

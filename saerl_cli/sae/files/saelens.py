@@ -339,17 +339,20 @@ def site_of(config: dict[str, Any]) -> str | None:
 def find_saes(path: Path | str) -> dict[str, Path]:
     """Site name -> SAE folder, for a run of `saerl train-sae`, its `sae` folder, a folder of SAEs, or one SAE.
 
+    `RUN/POINT` names the SAEs of one point of a run's `sweep`, for instance `runs/sweep/l1_2`.
+
     Raises:
         ValueError: nothing there, or two SAEs of one site.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"no SAEs at {path}: no such folder")
-    if (path / CONFIG_FILE).is_file():
+        folders = [folder for folder in saes_in(path.parent / "sae") if point_of(folder) == path.name]
+        if not folders:
+            raise ValueError(f"no SAEs at {path}: no such folder{points_in(path.parent)}")
+    elif (path / CONFIG_FILE).is_file():
         folders = [path]
     else:
-        root = path / "sae" if (path / "sae").is_dir() else path
-        folders = sorted(child for child in root.iterdir() if child.name[0] != "." and (child / CONFIG_FILE).is_file())
+        folders = saes_in(path / "sae" if (path / "sae").is_dir() else path)
     if not folders:
         raise ValueError(
             f"no SAEs in {path}: expected a run directory of `saerl train-sae` or a folder with {CONFIG_FILE}"
@@ -358,6 +361,23 @@ def find_saes(path: Path | str) -> dict[str, Path]:
     for folder in folders:
         site = site_of(read_sae_config(folder)) or folder.name
         if site in saes:
-            raise ValueError(f"{saes[site]} and {folder} are both SAEs of {site}; name one of them")
+            raise ValueError(f"{saes[site]} and {folder} are both SAEs of {site}; name one of them{points_in(path)}")
         saes[site] = folder
     return saes
+
+
+def saes_in(root: Path) -> list[Path]:
+    """The SAE folders in a folder."""
+    children = root.iterdir() if root.is_dir() else ()
+    return sorted(child for child in children if child.name[0] != "." and (child / CONFIG_FILE).is_file())
+
+
+def points_in(run: Path) -> str:
+    """What a message says of the points of a run's sweep; empty where it has none."""
+    points = dict.fromkeys(filter(None, map(point_of, saes_in(run / "sae"))))
+    return f", as {run}/POINT: {', '.join(points)}" if points else ""
+
+
+def point_of(folder: Path) -> str:
+    """The point of a sweep in an SAE folder's name, SITE-POINT; empty without one."""
+    return folder.name.partition("-")[2]
