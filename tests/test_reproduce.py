@@ -26,7 +26,7 @@ from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.words import expand_sites, split_words
 
 PIPELINES = known_pipelines()
-GIVEN = {"model": "/models/mine", "data": "/texts/mine.jsonl"}
+GIVEN = {"model": "/models/mine", "data": "/texts/mine.jsonl"} | dict.fromkeys(("text", "pairs", "prompts"), "FILE")
 
 
 def pipeline_of(**stages: dict) -> PipelineConfig:
