@@ -121,8 +121,7 @@ def panel(part: dict[str, Any]) -> Figure:
     draw_limits(axes, {k: part.get(k) or [] for k in ("optimum", "pooled_optimum", "best_of_n")}, base, right)
     axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward")
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    for text in axes.legend(loc="lower right", fontsize=8).get_texts():
-        text.set_parse_math(False)
+    legend_outside(figure, [axes])
     return figure
 
 
@@ -190,8 +189,7 @@ def frontier(
         draw_band(axes, means.get(method, []), base_reward, colour)
     axes.set(ylim=bounds)
     axes.set(xlabel="sequence KL from the base model, nats per completion", ylabel="reward", xlim=(0, right or None))
-    for text in axes.legend(loc="lower right", fontsize=9).get_texts():  # where concave curves leave room
-        text.set_parse_math(False)
+    legend_outside(figure, [axes])
     return figure
 
 
@@ -450,7 +448,8 @@ def legend_outside(figure: Figure, panels: Sequence[Any]) -> None:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = max(1, int(figure.get_figwidth() / 1.6))  # inches that a label takes
+    widest = 0.5 + 0.075 * max(map(len, entries), default=0)  # inches that the longest label takes
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / max(1.6, widest))))
     legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
     for text in legend.get_texts():
         text.set_parse_math(False)
