@@ -113,7 +113,8 @@ def test_two_processes_in_one_job(slurm):
     words = (*STUB, "stub", *ON_SLURM, "hydra.launcher.cpus_per_task=2", "launch=cpu_2", "hydra.sweep.dir=out")
     code, _, err = ended(started(slurm, *words))
     assert code == 0, err
-    assert Run.load("out/0").read_summary() == {"total": 12.0, "world": 2, "threads": 1}  # 1 + 2 a step
+    seen = Run.load("out/0").read_summary()
+    assert (seen["total"], seen["world"], seen["threads"]) == (12.0, 2, 1)  # 1 + 2 a step
 
 
 def test_a_job_at_its_time_limit_is_requeued_and_ends_with_the_same_bits(slurm):
