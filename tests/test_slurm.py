@@ -125,7 +125,9 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_with_the_same_bits(slurm):
     assert code == 0, err
     record = Run.load("out/0").record
     assert record["resumed"]
-    assert states(slurm, record["slurm_job_id"]) == ["REQUEUED"] * len(record["resumed"]) + ["COMPLETED"]
+    job = str(record["slurm_job_id"])
+    wait_for(lambda: states(slurm, job)[-1] == "COMPLETED")  # accounting hears of it after the command
+    assert states(slurm, job) == ["REQUEUED"] * len(record["resumed"]) + ["COMPLETED"]
     alone = subprocess.run([*STUB, "stub", "steps=60", "hydra.run.dir=alone"], capture_output=True, timeout=120)
     assert alone.returncode == 0
     same_bytes(Path("out/0"), Path("alone"), ["walk.safetensors", "metrics.jsonl", "summary.json"])
