@@ -144,7 +144,7 @@ def test_a_preempted_training_resumes_and_ends_with_the_same_bits(slurm):
     ask(slurm, "scontrol", "requeue", number)
     code, _, err = ended(sweep)
     assert code == 0, err
-    assert states(slurm, number) == ["REQUEUED", "COMPLETED"]
+    wait_for(lambda: states(slurm, number) == ["REQUEUED", "COMPLETED"])
     assert len(Run.load("out/0").record["resumed"]) == 1
     same_bytes(Path("out/0"), Path("alone"), ["sae/mlp_out.1/sae_weights.safetensors"])
 
