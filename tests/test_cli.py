@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,14 @@ def test_completing_loads_nothing_heavy(empty_place):
 
 
 def test_help_is_quick(empty_place):
-    """0.3 s is promised; the best of several counts, because other tests share the machine."""
+    """0.3 s is promised; of CPU time here, because other tests share the machine, and the best of several."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "saerl_cli.cli", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        seconds.append(spent)
     assert min(seconds) < 0.3
 
 

@@ -200,7 +200,7 @@ def test_cores_are_shared_between_the_processes_of_all_points(monkeypatch):
     assert side_by_side(object(), 3) == 1
     with sharing_cores(3, 2):
         assert os.environ["OMP_NUM_THREADS"] == "2"
-        assert next(launch.environments(LaunchConfig(num_processes=2, cpu=True)))["OMP_NUM_THREADS"] == "2"
+        assert launch.environment(LaunchConfig(num_processes=2, cpu=True))["OMP_NUM_THREADS"] == "2"
     assert "OMP_NUM_THREADS" not in os.environ
     with sharing_cores(1, 2):  # one after the other, or on a cluster, whose nodes have other cores
         assert "OMP_NUM_THREADS" not in os.environ
