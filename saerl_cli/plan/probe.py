@@ -6,6 +6,7 @@ and elapsed seconds on a GPU. What would take long is timed smaller and scaled: 
 
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ AT_ONCE = 2e10
 LARGEST = 2e9
 """Bytes that a timed piece may hold, about."""
 REPEATS, ENOUGH_S = 9, 0.8
-"""A piece is repeated so often, or for so long; the shortest counts, which others have disturbed least."""
+"""A piece is repeated so often, or for so long; the median counts: a job gets the machine as it is, not at its best."""
 IMPORTS = {
     "lm": "saerl_cli.world.job, saerl_cli.world.train",
     "sae": "saerl_cli.sae.job, saerl_cli.sae.train, saerl_cli.sae.results, saerl_cli.sae.metrics",
@@ -56,14 +57,14 @@ class Clock:
         return time.perf_counter() if self.device.type == "cuda" else sum(os.times()[:4])
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """The shortest of some calls after one that warms up."""
+        """The median of some calls after one that warms up."""
         call()
         found: list[float] = []
         while len(found) < REPEATS and (not found or sum(found) < ENOUGH_S):
             begin = self.now()
             call()
             found.append(self.now() - begin)
-        return min(found)
+        return statistics.median(found)
 
 
 def probe(pieces: Iterable[Piece], threads: int, cpu: bool, budget: float, fresh: bool = False) -> Machine:
@@ -173,6 +174,7 @@ def with_sizes(part: Piece, **changes: Any) -> Piece:
 
 BEGIN = """
 import resource
+import statistics
 import accelerate, torch, transformers, {modules}
 accelerate.Accelerator(cpu=True)
 model = transformers.AutoModelForCausalLM.from_config(transformers.GPTNeoXConfig(
