@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from fnmatch import fnmatch
 
 import pytest
 from conftest import TINY_WORLD
@@ -45,6 +46,8 @@ def test_every_stage_runs(saerl, empty_place, own_model_and_text, name):
     given = dict(word.split("=", 1) for word in needs)
     tasks = tasks_of(pipeline, (empty_place / "out").absolute(), given, small=True)
     for part in pipeline.expect:
+        if any(not any(fnmatch(v, glob) for v in pipeline.small.each.get(k, [glob])) for k, glob in part.only.items()):
+            continue  # of values that the small scale leaves out
         rows = verdict.got_rows(part, tasks)
         assert rows
         for metric, wanted in part.wanted().items():
