@@ -114,13 +114,7 @@ def draws(
     found = read_jsonl(run.path / FILE)
     if len(found) != len(chosen):
         say(f"drawing {len(chosen)} completions of {count} prompts from the untouched model")
-        settings = (algo.max_new_tokens, algo.temperature, config.evaluation.batch_size, derived_seed(config.seed, 12))
-        ids = generate(model, chosen, tokenizer, ends, *settings)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scores = reward.score([p.text for p in chosen], texts, ids, [p.answer for p in chosen])[TOTAL]
-        weights = optimal_weights(torch.tensor(scores).view(count, -1), algo.kl_coef).flatten().tolist()
-        rows = zip(chosen, ids, scores, weights, strict=True)
-        found = [{"prompt": p.text, "completion_ids": i, "reward": r, "weight": w} for p, i, r, w in rows]
+        found = weighted_samples(config, model, tokenizer, ends, chosen, reward)
         if run.writes:
             write_jsonl(run.path / FILE, found)
     effective = effective_number(torch.tensor([row["weight"] for row in found]).view(count, -1))
@@ -137,6 +131,20 @@ def draws(
             if row["weight"] > NEGLIGIBLE
         ]
     )
+
+
+def weighted_samples(
+    config: "RlhfConfig", model: Any, tokenizer: Any, ends: list[int], chosen: Sequence[Prompt], reward: Reward
+) -> list[dict[str, Any]]:
+    """The lines of RUN/draws.jsonl: a completion of each of `chosen`, where a prompt stands `algo.group_size` times."""
+    algo = config.algo
+    settings = (algo.max_new_tokens, algo.temperature, config.evaluation.batch_size, derived_seed(config.seed, 12))
+    ids = generate(model, chosen, tokenizer, ends, *settings)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    scores = reward.score([p.text for p in chosen], texts, ids, [p.answer for p in chosen])[TOTAL]
+    weights = optimal_weights(torch.tensor(scores).view(-1, algo.group_size), algo.kl_coef).flatten().tolist()
+    rows = zip(chosen, ids, scores, weights, strict=True)
+    return [{"prompt": p.text, "completion_ids": i, "reward": r, "weight": w} for p, i, r, w in rows]
 
 
 def optimal_weights(rewards: Tensor, beta: float) -> Tensor:
