@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.groups import ModelConfig, ModelKind
+from saerl_cli.run import shards
 from saerl_cli.run.files import read_json, sha256_file
 from saerl_cli.run.progress import say
 
@@ -200,8 +201,13 @@ def _hub_folder(config: ModelConfig, patterns: list[str]) -> Path:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(config: ModelConfig, device: "torch.device | str | None" = None) -> Loaded:
+def load_model(config: ModelConfig, device: "torch.device | str | None" = None, processes: int = 1) -> Loaded:
     """Load a causal language model, frozen, with its tokenizer.
+
+    Args:
+        config: which.
+        device: where to put it.
+        processes: over how many, all of the job's, it is split (`saerl_cli.run.shards`); each reads its part alone.
 
     Raises:
         ValueError: what `locate` refuses, weights that do not fill the model, a tokenizer of another model.
@@ -211,11 +217,16 @@ def load_model(config: ModelConfig, device: "torch.device | str | None" = None) 
     from transformers import AutoModelForCausalLM
 
     folder = locate(config)
+    split = {"distributed_config": {"fsdp_size": processes}} if processes > 1 else {}
     name = {ModelKind.planted: "planted", ModelKind.hub: config.name, ModelKind.local: str(folder)}[config.kind]
     try:
         with quiet_transformers():
             result: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, config.dtype.value), output_loading_info=True, local_files_only=True
+                folder,
+                dtype=getattr(torch, config.dtype.value),
+                output_loading_info=True,
+                local_files_only=True,
+                **split,
             )
             model, info = result
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -229,7 +240,9 @@ def load_model(config: ModelConfig, device: "torch.device | str | None" = None) 
     rows = model.get_input_embeddings().num_embeddings
     _check_agreement(len(tokenizer), rows, str(folder))
     model.requires_grad_(False).eval()
-    if device is not None:
+    if split:
+        shards.join(model)
+    elif device is not None:
         model.to(device)
     commit = folder.name if config.kind is ModelKind.hub else None
     loaded = Loaded(model, tokenizer, str(name), commit, folder_sha256(folder), context_size(model.config), folder)
@@ -337,6 +350,12 @@ def aliases(config: Any) -> dict[str, Site]:
             name = f"{position}.{layer}"
             sites[name] = Site(name, module.format(layer), layer, position, width, trivial)
     return sites
+
+
+def layer_list(model: Any) -> Any:
+    """The `ModuleList` of a model's blocks; None for an architecture without aliases."""
+    resid_post = FAMILIES.get(model.config.model_type, {}).get("resid_post")
+    return resid_post and model.get_submodule(resid_post.removesuffix(".{}"))
 
 
 def resolve_sites(names: Sequence[str], model: Any) -> list[Site]:

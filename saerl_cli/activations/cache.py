@@ -24,6 +24,7 @@ from saerl_cli.activations.stream import Chunk, ShuffledStream, norms, refuse_sh
 from saerl_cli.activations.tokens import Cursor, seeded, text_mask
 from saerl_cli.config.activations import ActivationsConfig
 from saerl_cli.models import Loaded, Site
+from saerl_cli.run import shards
 from saerl_cli.run.files import flush, read_json, write_json
 from saerl_cli.run.progress import progress, say
 
@@ -228,6 +229,7 @@ class Writer:
                     files[name].seek(int(before[first]) * x.shape[1] * x.element_size())
                     files[name].write(x.flatten().view(torch.uint8).numpy().data)
         totals = {name: {"sum": total.tolist(), "norm": lengths[name]} for name, total in sums.items()}
+        shards.meet()
         write_json(self.folder / f"sums.{rank}.json", totals)
 
     def _tokens(self, first: int, last: int) -> dict[str, Tensor]:

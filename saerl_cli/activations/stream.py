@@ -17,6 +17,7 @@ from torch import Tensor
 from saerl_cli.activations.forward import FORWARD_TOKENS, capture, rows_at_once
 from saerl_cli.activations.tokens import Cursor, MemoryRows, StreamedRows, seeded, text_mask
 from saerl_cli.models import Site
+from saerl_cli.run import shards
 from saerl_cli.world.text import Counts
 
 Chunk = tuple[Tensor, dict[str, Tensor]]
@@ -192,6 +193,7 @@ class ShuffledStream(ABC):
                 sums[name] += x.sum(dtype=torch.float64)  # finite numbers cannot overflow it
                 if self.outlier_norm:
                     kept[to] &= (norms(x) <= self._limits[name]).cpu()
+        shards.meet()
         for name, total in sums.items():
             if not total.isfinite():
                 raise ValueError(self._not_finite(name, index, places, data[name]))

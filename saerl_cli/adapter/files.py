@@ -16,6 +16,7 @@ from saerl_cli.adapter.config import PEFT_TYPE, SparseCoeffConfig
 from saerl_cli.adapter.gates import gate
 from saerl_cli.adapter.model import SparseCoeffModel
 from saerl_cli.run.files import atomic_folder, read_json, write_safetensors, write_text
+from saerl_cli.run.shards import is_part
 from saerl_cli.sae.files import check_sae
 
 README = """\
@@ -58,7 +59,8 @@ def save_adapter(model: Any, folder: Path | str, adapter_name: str = "default") 
     folder = Path(folder)
     config = copy.deepcopy(model.peft_config[adapter_name])
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    own = {key: value for key, value in model.state_dict().items() if not is_part(value)}  # PEFT would gather the rest
+    state = get_peft_model_state_dict(model, own, adapter_name, save_embedding_layers=False)
     state = {key: value.detach().cpu().contiguous() for key, value in state.items() if prefix in key}
     for key, value in state.items():
         if not value.isfinite().all():

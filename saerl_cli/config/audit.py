@@ -44,6 +44,9 @@ class AuditConfig:
     """Seed of prompts, samples and random controls."""
 
     def __post_init__(self) -> None:
+        refuse_unless(
+            self.launch.shards == 1, "audit works on whole models; write launch.sharding=none, for instance launch=gpu"
+        )
         refuse_unless(self.top >= 1, f"top must be >= 1, got {self.top}")
         refuse_unless(self.pairs >= 0, f"pairs must be >= 0, got {self.pairs}")
         refuse_unless(self.alphas >= 1, f"alphas must be >= 1, got {self.alphas}")

@@ -38,6 +38,10 @@ class EvalSaeConfig:
     def __post_init__(self) -> None:
         for name in ("eval_tokens", "probe_tokens", "control_tokens"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        refuse_unless(
+            not (self.controls and self.launch.shards > 1),
+            "controls=true shuffles the weights of a whole model; write launch.sharding=none, or leave controls out",
+        )
         given = [self.saes] if isinstance(self.saes, str) else self.saes
         refuse_unless(
             isinstance(given, list) and bool(given) and all(isinstance(path, str) and path for path in given),

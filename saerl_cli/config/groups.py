@@ -217,8 +217,8 @@ class LaunchConfig:
     num_processes: int = 1
     """Processes on this machine; -1 for one on each visible GPU, whose number is then written down."""
     sharding: Sharding = Sharding.none
-    """`none`: the model is whole on each GPU. `fsdp2` and `deepspeed_zero3` split weights, gradients and optimiser
-    state over them, `deepspeed_zero2` the latter two; all three are refused: no command works on split weights yet."""
+    """`none`: the model is whole in each process. `fsdp2`: weights, and what is trained of them with its gradients and
+    optimiser state, are split over the processes; a block's weights are whole only while it runs."""
     cpu: bool = False
     """Keep every process on the CPU; otherwise a GPU is used where there is one."""
     mixed_precision: Precision = Precision.no
@@ -230,8 +230,9 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         refuse_unless(self.num_processes >= 1, f"launch.num_processes must be >= 1, got {self.num_processes}")
-        refuse_unless(
-            self.sharding is Sharding.none or not self.cpu,
-            f"launch.sharding={self.sharding.value} splits a model over GPUs; on the CPU write launch=cpu_2",
-        )
         refuse_unless(self.threads is None or self.threads >= 1, f"launch.threads must be >= 1, got {self.threads}")
+
+    @property
+    def shards(self) -> int:
+        """Parts that a model is split into; 1 where it is whole."""
+        return self.num_processes if self.sharding is Sharding.fsdp2 else 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from saerl_cli.config.adapter import AdapterConfig, Splice
-from saerl_cli.config.algo import AlgoConfig, AlgoKind
+from saerl_cli.config.algo import AlgoConfig, AlgoKind, Critic
 from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, Precision, refuse_unless
 from saerl_cli.config.reward import Normalise, RewardConfig
 
@@ -110,6 +110,11 @@ class RlhfConfig:
         refuse_unless(self.checkpoint_every >= 1, f"checkpoint_every must be >= 1, got {self.checkpoint_every}")
         refuse_unless(self.snapshots is None or self.snapshots >= 0, f"snapshots must be >= 0, got {self.snapshots}")
         algo, processes = self.algo, self.launch.num_processes
+        if self.launch.shards > 1:
+            refuse_unless(
+                algo.critic is not Critic.separate,
+                "algo.critic=separate copies a whole model; with launch.sharding=fsdp2 write algo.critic=shared",
+            )
         refuse_unless(
             algo.stop_epochs_kl is None or self.launch.mixed_precision is not Precision.fp16,
             "algo.stop_epochs_kl does not go with launch.mixed_precision=fp16, whose scaler cannot pass over a step;"

@@ -50,6 +50,9 @@ class TrainRewardConfig:
     """Seed of the score head and of the order of pairs."""
 
     def __post_init__(self) -> None:
+        refuse_unless(
+            self.launch.shards == 1, "train-reward works on whole models; write launch.sharding=none, for instance launch=gpu"
+        )
         for name in ("epochs", "batch_size", "checkpoint_every"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         refuse_unless(self.lr > 0, f"lr must be > 0, got {self.lr}")

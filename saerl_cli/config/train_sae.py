@@ -39,3 +39,8 @@ class TrainSaeConfig:
     def __post_init__(self) -> None:
         for name in ("eval_tokens", "log_every", "checkpoint_every"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        refuse_unless(
+            not (self.activations.prefetch and self.launch.shards > 1),
+            "activations.prefetch computes in a thread of its own, where the processes of a split model cannot meet;"
+            " write activations.prefetch=false",
+        )

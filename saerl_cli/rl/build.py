@@ -27,6 +27,7 @@ from saerl_cli.rl.trainers.ppo import PPOTrainer
 from saerl_cli.rl.trainers.regression import RWRTrainer, draws
 from saerl_cli.rl.trainers.rollouts import RolloutTrainer
 from saerl_cli.rl.trainers.supervised import DPOTrainer, Examples, SFTTrainer, build_examples
+from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 
 TRAINERS: dict[AlgoKind, Callable[..., ExactTrainer]] = {
@@ -37,6 +38,8 @@ TRAINERS: dict[AlgoKind, Callable[..., ExactTrainer]] = {
     AlgoKind.dpo: DPOTrainer,
     AlgoKind.rwr: RWRTrainer,
 }
+COPYING = (AlgoKind.sft, AlgoKind.rwr)
+"""Algorithms that TRL gives no reference, so that they copy the model themselves."""
 PURPOSES = ("shown", "spread", "summary", "passes")
 """What samples beside training are drawn for, each with a seed of its own."""
 
@@ -67,7 +70,7 @@ class Parts:
 
 def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
     """Load the model, build the reward, cut the prompts."""
-    loaded = load_model(config.model, device)
+    loaded = load_model(config.model, device, config.launch.shards)
     reward = build_reward(config.reward, loaded.tokenizer, device)
     heldout = documents(config.data, config.model, "heldout")
     prompts, heldout_prompts = choose_prompts(config, loaded.tokenizer, loaded.context_size)
@@ -97,6 +100,9 @@ def build_trainer(parts: Parts) -> ExactTrainer:
     """The algorithm's trainer, with policy and reference."""
     config, model = parts.config, parts.loaded.model
     chosen = peft_config(config.adapter, parts.loaded, parts.saes)
+    given: dict[str, Any] = {}
+    if chosen is None and config.launch.shards > 1 and config.algo.kind in COPYING:
+        given["frozen"] = load_model(config.model, None, config.launch.shards).model
     if chosen is None:
         model.requires_grad_(True)
     trainer = TRAINERS[config.algo.kind](
@@ -106,7 +112,10 @@ def build_trainer(parts: Parts) -> ExactTrainer:
         peft_config=chosen,
         open_checkpoint=parts.run.save_checkpoint,
         **(rollout_data(parts) if parts.examples is None else {"train_dataset": parts.examples.train}),
+        **given,
     )
+    if config.launch.shards > 1 and trainer.ref_model is not None and not given:
+        shards.join(trainer.ref_model)
     if isinstance(trainer, RolloutTrainer):
         trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
     trainer.restraint = restraint(parts, trainer.accelerator.unwrap_model(trainer.model))

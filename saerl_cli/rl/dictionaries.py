@@ -16,6 +16,7 @@ from saerl_cli.config.adapter import COEFFICIENTS, AdapterConfig, AdapterKind, L
 from saerl_cli.models import Loaded, Site, resolve_sites
 from saerl_cli.rl.check import chosen_saes
 from saerl_cli.rl.chosen import free_features
+from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder, write_safetensors
 from saerl_cli.sae.autoencoder import SAE
@@ -48,6 +49,7 @@ def dictionaries(adapter: AdapterConfig, loaded: Loaded, rows: Tensor, run: Run)
         with atomic_folder(folder) as temporary:
             for sae in random_dictionary(adapter, loaded, rows).values():
                 save_sae(sae, temporary / str(sae.site))
+    shards.meet()
     PartialState().wait_for_everyone()
     return {path.name: path for path in sorted(folder.iterdir())}
 
@@ -114,5 +116,6 @@ def effects(parts: "Parts", model: Any) -> Mapping[str, Tensor]:
         with torch.no_grad():
             found = {s: sae.encode(activations[s]).mean(0) * sae.W_dec.norm(dim=1) for s, sae in saes.items()}
         write_safetensors(path, found)
+    shards.meet()
     PartialState().wait_for_everyone()
     return load_file(path)

@@ -10,6 +10,7 @@ from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.check import check
+from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder
 from saerl_cli.run.progress import say, task_bars
@@ -50,11 +51,13 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     policy = policy_of(trainer, parts.loaded)
     record_inputs(parts, trainer)
     record_insertion(parts, trainer)
+    shards.meet()
     frozen = frozen_hashes(trainer)
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         run.truncate(-1)  # what an attempt that left no checkpoint has written
         first_look(parts, policy)
+    shards.meet()
     calibrate(trainer, parts)
     train(trainer, parts, policy, checkpoint)
     refuse_moved(frozen, frozen_hashes(trainer), run)
@@ -67,6 +70,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
         for warning in numbers["warnings"]:
             say(f"WARNING: {warning}")
         result = objective(numbers, config.evaluation.kl_limit)
+    shards.meet()
     accelerator.wait_for_everyone()
     return result
 
@@ -170,9 +174,10 @@ def train(trainer: "ExactTrainer", parts: "Parts", policy: "Policy", checkpoint:
             phase, step = int(metrics["phase"]), trainer.state.global_step
             looks = phase == phases or (every > 0 and phase % every == 0)
             seen = look(parts, policy, step) if run.writes and looks else {}
+            shards.meet()
             run.log(step, **metrics, **coefficient_statistics(policy.model), **seen)
-            if run.writes and phase in kept:
-                snapshots.save(run.path, step, trainer.trainable())
+            if phase in kept:
+                snapshots.save(run.path, step, trainer.trainable(), run.writes)
             if phase == 1 and run.writes and metrics["grad_norm"] < NO_GRADIENT:
                 say(f"WARNING: {no_gradient(metrics['grad_norm'])}")
             update(name, phase / phases, f"phase {phase}/{phases}, {progress(metrics)}")
@@ -230,15 +235,15 @@ def save_policy(trainer: "ExactTrainer", parts: "Parts") -> None:
     from saerl_cli.adapter import save_adapter
     from saerl_cli.rl.trainers.value import without_value_head
 
-    if not parts.run.writes:
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model, run = trainer.accelerator.unwrap_model(trainer.model), parts.run
     if parts.config.adapter.kind is AdapterKind.full:
-        with atomic_folder(parts.run.path / "model", replace=True) as folder:
-            model.save_pretrained(folder, state_dict=without_value_head(model.state_dict()))
-            parts.loaded.tokenizer.save_pretrained(folder)
-        return
-    save_adapter(model, parts.run.path / "adapter")
+        state = shards.on_cpu(without_value_head(model.state_dict()).items(), run.writes)
+        if run.writes:
+            with atomic_folder(run.path / "model", replace=True) as folder:
+                save_weights(model, state, folder)
+                parts.loaded.tokenizer.save_pretrained(folder)
+    elif run.writes:
+        save_adapter(model, run.path / "adapter")
 
 
 def outcome(numbers: dict[str, Any]) -> str:

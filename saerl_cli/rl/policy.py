@@ -9,9 +9,11 @@ from typing import Any
 from trl.trainer.utils import use_adapter
 
 from saerl_cli.config.adapter import AdapterKind, Splice
+from saerl_cli.config.groups import Dtype, ModelConfig, ModelKind
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.rl.trainers.exact import sample_what_is_scored
+from saerl_cli.run import shards
 from saerl_cli.run.files import read_json
 
 
@@ -46,15 +48,20 @@ def reference_of(model: Any, frozen: Any = None) -> Iterator[Any]:
         yield model
 
 
-def load_policy(run_path: Path | str, device: Any = None) -> Policy:
+def load_policy(run_path: Path | str, device: Any = None, processes: int = 1) -> Policy:
     """The policy of a finished run of `saerl rlhf`, in eval mode, all parameters frozen.
+
+    Args:
+        run_path: the run directory.
+        device: where to put it.
+        processes: over how many its weights are split.
 
     Raises:
         ValueError: unfinished run, or a base model or SAE that is not the one the policy was trained with.
     """
     config = run_config(run_path)
     folder = policy_folder(run_path, config)
-    loaded = load_model(config.model, device)
+    loaded = load_model(config.model, device, processes)
     trained_on = read_json(Path(run_path) / "run.json").get("inputs", {}).get("model", {}).get("sha256")
     if trained_on not in (None, loaded.sha256):
         raise ValueError(
@@ -62,17 +69,15 @@ def load_policy(run_path: Path | str, device: Any = None) -> Policy:
             f" ({loaded.sha256[:12]})"
         )
     if config.adapter.kind is AdapterKind.full:
-        return full_policy(loaded, folder, device)
+        return full_policy(loaded, folder, device, processes)
     return adapter_policy(loaded, folder, config.adapter.splice)
 
 
-def full_policy(loaded: Loaded, folder: Path, device: Any) -> Policy:
+def full_policy(loaded: Loaded, folder: Path, device: Any, processes: int) -> Policy:
     """The model of `folder` with the loaded one as its reference."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded.model.dtype, local_files_only=True)
-    model.to(device or loaded.model.device)
-    model.eval().requires_grad_(False)
+    dtype = Dtype(str(loaded.model.dtype).removeprefix("torch."))
+    config = ModelConfig(kind=ModelKind.local, path=str(folder), dtype=dtype)
+    model = load_model(config, device or loaded.model.device, processes).model
     return plain(Policy(model, loaded.tokenizer, eos_token_ids(loaded), loaded.context_size, loaded.model))
 
 
@@ -81,7 +86,9 @@ def adapter_policy(loaded: Loaded, folder: Path, splice: Splice) -> Policy:
     from saerl_cli.adapter import load_adapter
 
     eos = eos_token_ids(loaded)
-    model = load_adapter(loaded.model, folder).to(loaded.model.device)
+    model = load_adapter(loaded.model, folder)
+    if not shards.is_split(loaded.model):  # whose adapters are where its parts are
+        model.to(loaded.model.device)
     if splice is Splice.reconstruct:
         model.add_adapter("ref", model.peft_config["default"])
         model.set_adapter("default")

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from saerl_cli.models import tensors_sha256
 from saerl_cli.run.directory import Run
+from saerl_cli.run.shards import whole
 
 
 def frozen_hashes(trainer: Any) -> dict[str, str]:
     """Name -> hash of every tensor that a `PPOTrainer` must leave alone: base, SAEs, reference."""
     moving = {name for name, _ in trainer.trainable()}
-    return {name: tensors_sha256([("", t)]) for name, t in all_tensors(trainer) if name not in moving}
+    return {name: tensors_sha256([("", whole(t))]) for name, t in all_tensors(trainer) if name not in moving}
 
 
 def all_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:

@@ -94,11 +94,6 @@ def check_launch(launch: LaunchConfig, here: bool = True) -> None:
         raise ValueError("start this command directly, not under torchrun: it starts its own processes (launch=cpu_2)")
     if here and engaged(launch):
         check_machine(launch)
-    if launch.sharding is not Sharding.none:
-        raise ValueError(
-            f"launch.sharding={launch.sharding.value} is prepared but no command works on split weights yet: sampling,"
-            " checkpoints and the proof of restriction read them whole; write launch=gpu"
-        )
 
 
 def check_machine(launch: LaunchConfig) -> None:
@@ -150,7 +145,7 @@ def accelerate_config(launch: LaunchConfig) -> dict[str, Any]:
 
     MULTI_GPU is also what makes two processes on a CPU find each other, given ACCELERATE_USE_CPU; MULTI_CPU makes one.
     """
-    kind = {Sharding.none: "MULTI_GPU", Sharding.fsdp2: "FSDP"}.get(launch.sharding, "DEEPSPEED")
+    kind = "DEEPSPEED" if "deepspeed" in launch.sharding.value else "MULTI_GPU"
     common = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": kind,
@@ -168,17 +163,6 @@ def accelerate_config(launch: LaunchConfig) -> dict[str, Any]:
 
 
 SHARDED = {
-    Sharding.fsdp2: {
-        "fsdp_config": {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # a block of the model at a time
-            "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": False,
-            "fsdp_state_dict_type": "FULL_STATE_DICT",
-            "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_activation_checkpointing": False,
-        }
-    },
     **{
         sharding: {
             "deepspeed_config": {

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from saerl_cli.run import shards
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,6 +60,7 @@ class Team:
         from torch import distributed
 
         own = {number: work(batches[number]) for number in range(self.rank, len(batches), self.size)}
+        shards.meet()
         parts: list[Any] = [None] * self.size
         distributed.all_gather_object(parts, own)
         found = {number: result for part in parts for number, result in part.items()}

@@ -95,7 +95,7 @@ def check_world_size(got: int, asked: int) -> None:
 
 def check_sharding(got: str, asked: Sharding) -> None:
     """Accelerate falls back to whole models without a word, for instance on a CPU."""
-    kinds = {Sharding.fsdp2: "FSDP", Sharding.deepspeed_zero2: "DEEPSPEED", Sharding.deepspeed_zero3: "DEEPSPEED"}
+    kinds = {Sharding.deepspeed_zero2: "DEEPSPEED", Sharding.deepspeed_zero3: "DEEPSPEED"}
     if asked in kinds and kinds[asked] != got:
         raise RuntimeError(f"launch.sharding={asked.value}, but Accelerate set up {got}; write launch=gpu")
 
@@ -134,6 +134,8 @@ def quiet() -> None:
     """Ignore warnings whose cause is known and harmless; the others are worth reading."""
     # torch's own scheduler and quantisation modules use what torch 2.13 deprecates
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(\.|$)")
+    # FSDP2 on values [batch, seq], a view of the critic's [batch, seq, 1]; nothing changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.models import Loaded, Site, context_size, describe, known_sha256, resolve_sites
+from saerl_cli.run import shards
 from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
@@ -205,7 +206,7 @@ def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluate
 
     folders = list_saes(config.paths())
     model, data = settings(config, folders)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, config.launch.shards)
     for folder in folders.values():
         check_sae(folder, model_sha256=loaded.sha256)
     saes = {name: load_sae(folder).to(device) for name, folder in folders.items()}
@@ -224,11 +225,13 @@ def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluate
         train = token_rows(documents(data, model, "train"), loaded.tokenizer, length)
         controls = measured_controls(config, loaded.model, saes, sites, train, own, special, team)
     first = team.rank == 0
+    probed = probes(config, model, data, loaded, sites, saes, length) if first else {}
+    shards.meet()
     return Evaluated(
         saes={name: described(saes[name], sites) | metrics[name] for name in saes},
         controls=controls,
         stability=stability(saes, config.seed) if first else [],
-        probes=probes(config, model, data, loaded, sites, saes, length) if first else {},
+        probes=probed,
         inputs={
             "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
             "sae": {name: {"path": str(path), "sha256": sae_sha256(path)} for name, path in folders.items()},

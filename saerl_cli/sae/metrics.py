@@ -33,6 +33,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from saerl_cli.activations import FORWARD_TOKENS, capture, text_mask
 from saerl_cli.models import Site, output_tensor, resolve_sites
+from saerl_cli.run import shards
 from saerl_cli.run.processes import Team
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.jackknife import Reduce, Sums, alone, by_row, jackknife, joined, pooled
@@ -366,6 +367,7 @@ def _chunks(model: Any, rows: Tensor, special: Sequence[int], tokens: int) -> It
     device = model.get_input_embeddings().weight.device
     for chunk in rows.split(max(1, tokens // rows.shape[1])):
         yield chunk.to(device), text_mask(chunk, special).to(device)
+    shards.meet()
 
 
 # --- planted truth ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from saerl_cli.activations import documents, row_length
 from saerl_cli.config.groups import DataKind
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.models import Loaded
+from saerl_cli.run import shards
 from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import hook_name, sae_sha256, save_sae
@@ -54,6 +55,7 @@ def results(
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
     metrics = evaluate_saes(loaded.model, sites, saes, shared_rows(rows, team), special, team.total)
     attributes = _attributes(config, loaded, plans, saes, length) if run.writes else {}
+    shards.meet()
     summary, outputs = {}, {}
     for p in plans:
         numbers, sae, trainer = metrics[p.name], saes[p.name], trainers[p.name]

@@ -17,6 +17,7 @@ from saerl_cli.rl.frozen.prefix import Prefix, Recorded, chunk, find_prefix, joi
 from saerl_cli.rl.frozen.sampling import compact, sample
 from saerl_cli.rl.measuring.measure import left_padded
 from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
+from saerl_cli.run import shards
 
 Base = GRPOTrainer if TYPE_CHECKING else object
 """What the classes here are mixed into."""
@@ -74,6 +75,7 @@ class OnceTrainer(ExactTrainer, Base):
             completions = sample(
                 model, ids.to(device), mask.to(device), settings.max_new_tokens, self.eos_token_ids, temperature
             )
+            shards.meet()
         return (completions, None) if isinstance(self, GRPOTrainer) else completions
 
     # --- what is computed once a rollout ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.algo import AlgoKind, Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
@@ -71,7 +72,18 @@ def shared_arguments(config: RlhfConfig, path: Path) -> dict[str, Any]:
         "ddp_backend": "gloo" if on_cpu and launch.num_processes > 1 else None,
         "dataloader_pin_memory": not on_cpu,
         "disable_tqdm": True,
+        **(split_arguments(config) if launch.shards > 1 else {}),
     }
+
+
+def split_arguments(config: RlhfConfig) -> dict[str, Any]:
+    """Of a model that is split over processes: a frozen copy, where there is one, is too.
+
+    The Trainer refuses to save its own optimiser state then; ours is saved all the same (`exact`).
+    """
+    copied = config.adapter.kind is AdapterKind.full
+    init = {"model_init_kwargs": {"distributed_config": {"fsdp_size": config.launch.shards}}} if copied else {}
+    return {"save_only_model": True, **init}
 
 
 def scheduler(schedule: Schedule, warmup: float) -> str:

@@ -11,6 +11,7 @@ No random state is stored: a phase seeds every generator from the run's seed, it
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,45 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saerl_cli.run import shards
+
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
-def save(folder: Path, parameters: Iterable[tuple[str, Tensor]], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write parameters, optimiser and state into an existing folder.
+@dataclass
+class Contents:
+    """What a checkpoint holds."""
+
+    weights: dict[str, Tensor]
+    """Trained parameters by name."""
+    moments: dict[str, Tensor]
+    """The optimiser's, by number of the parameter and name."""
+    state: dict[str, Any]
+    """Plain numbers, strings, lists and dictionaries."""
+
+
+def contents(
+    parameters: Iterable[tuple[str, Tensor]], optimizer: Any, state: dict[str, Any], wanted: bool = True
+) -> Contents:
+    """Gather what a checkpoint holds; every process must ask, as parameters may be split over them.
 
     Args:
-        folder: written aside and renamed by the caller.
         parameters: trainable ones by name.
         optimizer: a torch optimiser, or Accelerate's wrapper of one.
-        state: plain numbers, strings, lists and dictionaries.
+        state: what else belongs to it.
+        wanted: whether this process writes it; the others get no tensors.
     """
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters}, folder / WEIGHTS)
     saved = optimizer.state_dict()
-    moments = {
-        f"{index}.{key}": tensor.detach().cpu().contiguous()
-        for index, entry in saved["state"].items()
-        for key, tensor in entry.items()
-    }
-    save_file(moments, folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(state | {"param_groups": saved["param_groups"]}, allow_nan=False, indent=1))
+    moments = ((f"{i}.{key}", tensor) for i, entry in saved["state"].items() for key, tensor in entry.items())
+    weights = shards.on_cpu(parameters, wanted)
+    return Contents(weights, shards.on_cpu(moments, wanted), state | {"param_groups": saved["param_groups"]})
+
+
+def save(folder: Path, found: Contents) -> None:
+    """Write a checkpoint into an existing folder, which the caller has made aside and renames."""
+    save_file(found.weights, folder / WEIGHTS)
+    save_file(found.moments, folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(found.state, allow_nan=False, indent=1))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -78,13 +97,16 @@ def copy_values(source: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
         if not torch.isfinite(saved[name]).all():
             raise ValueError(f"{source} is unusable: {name} is not finite")
     for name, parameter in wanted.items():
-        parameter.data.copy_(saved[name])
+        parameter.data.copy_(shards.split_as(saved[name], parameter))
 
 
 def load_optimizer(folder: Path, optimizer: Any) -> None:
     """Restore the optimiser's moments and settings."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / OPTIMIZER).items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        like = parameters[int(index)]
+        moment = shards.split_as(tensor, like) if tensor.shape == like.shape else tensor  # not so the count of steps
+        state.setdefault(int(index), {})[key] = moment
     optimizer.load_state_dict({"state": state, "param_groups": read_state(folder)["param_groups"]})

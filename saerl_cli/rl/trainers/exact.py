@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import GenerationConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.rl.trainers import checkpoint
 from saerl_cli.rl.trainers.value import is_value_parameter
+from saerl_cli.run import shards
 from saerl_cli.run.files import atomic_folder
 
 # TRL 1.16 uses names that transformers 5.23 renames
@@ -56,6 +57,7 @@ class ExactTrainer(Base):
     optimizer: Any
     lr_scheduler: Any
     ref_model: Any
+    is_distributed_loading_by_transformers: bool
     _metrics: Any
 
     def __init__(
@@ -94,7 +96,7 @@ class ExactTrainer(Base):
 
     def refuse_unless_finite(self, what: str, *tensors: Tensor, ended: bool = False) -> None:
         """Stop the run when a number is NaN or infinite, naming the phase, which may just have `ended`."""
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not all(bool(torch.isfinite(shards.own(tensor)).all()) for tensor in tensors):
             raise Diverged(
                 f"phase {self.phase + (not ended)} (optimiser step {self.state.global_step}): {what} is not finite;"
                 " lower the learning rate or look at the reward, the last checkpoint is kept"
@@ -132,11 +134,30 @@ class ExactTrainer(Base):
             return loss
         return loss + (penalty / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else penalty)
 
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """Of a model that is split over processes: what each trains whole, adapter and critic, is the same in all."""
+        for parameter in self.replicated():
+            distributed.broadcast(parameter.data, 0)
+
+    def replicated(self) -> list[nn.Parameter]:
+        """The trained parameters that DDP would look after; it is not used for a model that is split."""
+        split = self.is_distributed_loading_by_transformers
+        return [p for _, p in self.trainable() if not shards.is_part(p)] if split else []
+
+    def average_gradients(self) -> None:
+        """Their gradients' mean over all processes, as DDP takes it."""
+        gradients = [p.grad for p in self.replicated() if p.grad is not None]
+        if gradients:
+            mean = nn.utils.parameters_to_vector(gradients) / distributed.get_world_size()
+            distributed.all_reduce(mean)
+            nn.utils.vector_to_parameters(mean, gradients)
+
     def _clip_grad_norm(self, model: Any) -> Tensor:
         """Clip each group by its own norm: a joint one would let the critic's gradient shrink the policy's step."""
+        self.average_gradients()
         self.accelerator.unscale_gradients()
         groups = [group["params"] for group in self.optimizer.param_groups]
-        norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
+        norms = [clip(group, self.args.max_grad_norm) for group in groups]
         if self.accelerator.scaler is None:  # fp16 scaling skips steps with infinite gradients by itself
             self.refuse_unless_finite("a gradient", *norms)
         self.grad_norms.append([norm.item() for norm in norms])
@@ -194,15 +215,16 @@ class ExactTrainer(Base):
         self.seconds = state["seconds"]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        state = {
+            "adaptive": self.adaptive_state(),
+            "geometry": self.geometry(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }
+        found = checkpoint.contents(self.trainable(), self.optimizer, state, self.args.should_save)
         if self.args.should_save:
-            state = {
-                "adaptive": self.adaptive_state(),
-                "geometry": self.geometry(),
-                "scheduler": self.lr_scheduler.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            }
             with self.open_checkpoint(self.state.global_step) as folder:
-                checkpoint.save(folder, self.trainable(), self.optimizer, state)
+                checkpoint.save(folder, found)
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
 
@@ -240,6 +262,14 @@ class ExactTrainer(Base):
 
     def _send_telemetry(self) -> None:
         """TRL reports which trainers are used; this one does not."""
+
+
+def clip(parameters: list[nn.Parameter], longest: float) -> Tensor:
+    """Scale gradients down to a joint norm; returns what it was, also where they are split over processes."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = shards.whole(nn.utils.get_total_norm(gradients))
+    nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+    return norm
 
 
 def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:

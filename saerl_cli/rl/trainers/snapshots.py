@@ -13,6 +13,7 @@ from torch import Tensor
 from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.runs import snapshot_files
+from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
 
 ADAPTER_SNAPSHOTS = 8
@@ -27,19 +28,22 @@ def phases_kept(config: RlhfConfig) -> set[int]:
     return {i * phases // (count + 1) for i in range(1, count + 1)} - {0, phases}
 
 
-def save(run_path: Path, step: int, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a snapshot, whole or not at all.
+def save(run_path: Path, step: int, parameters: Iterable[tuple[str, Tensor]], writes: bool = True) -> None:
+    """Write a snapshot, whole or not at all; every process must ask, as parameters may be split over them.
 
     Args:
         run_path: the run directory.
         step: optimiser steps so far.
         parameters: the trainable ones by name; a value head's are left out.
+        writes: whether this process writes it.
     """
     from saerl_cli.rl.trainers.value import is_value_parameter
 
+    values = shards.on_cpu(((name, p) for name, p in parameters if not is_value_parameter(name)), writes)
+    if not writes:
+        return
     file = run_path / "policies" / f"step-{step}.safetensors"
     file.parent.mkdir(exist_ok=True)
-    values = {name: p.detach().cpu().contiguous() for name, p in parameters if not is_value_parameter(name)}
     write_safetensors(file, values, {"format": "pt"})
 
 

@@ -109,10 +109,16 @@ class SupervisedTrainer(ExactTrainer):
 
 
 class SFTTrainer(SupervisedTrainer, TRLSFTTrainer):
-    """Maximum likelihood; `adapter=full` keeps a frozen copy, as the reference that the policy is measured against."""
+    """Maximum likelihood.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        frozen = None if kwargs.get("peft_config") else copy.deepcopy(kwargs["model"]).requires_grad_(False).eval()
+    Args:
+        args, kwargs: as for TRL's.
+        frozen: of `adapter=full` the reference that the policy is measured against; by default a copy.
+    """
+
+    def __init__(self, *args: Any, frozen: Any = None, **kwargs: Any):
+        if frozen is None and not kwargs.get("peft_config"):
+            frozen = copy.deepcopy(kwargs["model"]).requires_grad_(False).eval()
         super().__init__(*args, **kwargs)
         self.ref_model = frozen
 
