@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.config.groups import ModelConfig, ModelKind
+from saerl_cli.config.groups import LaunchConfig, ModelConfig, ModelKind
 from saerl_cli.run import shards
 from saerl_cli.run.files import read_json, sha256_file
 from saerl_cli.run.progress import say
@@ -201,13 +201,15 @@ def _hub_folder(config: ModelConfig, patterns: list[str]) -> Path:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(config: ModelConfig, device: "torch.device | str | None" = None, processes: int = 1) -> Loaded:
+def load_model(
+    config: ModelConfig, device: "torch.device | str | None" = None, launch: LaunchConfig | None = None
+) -> Loaded:
     """Load a causal language model, frozen, with its tokenizer.
 
     Args:
         config: which.
         device: where to put it.
-        processes: over how many, all of the job's, it is split (`saerl_cli.run.shards`); each reads its part alone.
+        launch: of the job, whose processes may split the model (`saerl_cli.run.shards`); each reads its part alone.
 
     Raises:
         ValueError: what `locate` refuses, weights that do not fill the model, a tokenizer of another model.
@@ -217,7 +219,7 @@ def load_model(config: ModelConfig, device: "torch.device | str | None" = None, 
     from transformers import AutoModelForCausalLM
 
     folder = locate(config)
-    split = {"distributed_config": {"fsdp_size": processes}} if processes > 1 else {}
+    split = {} if launch is None or launch.shards == 1 else {"distributed_config": {"fsdp_size": launch.shards}}
     name = {ModelKind.planted: "planted", ModelKind.hub: config.name, ModelKind.local: str(folder)}[config.kind]
     try:
         with quiet_transformers():
@@ -240,8 +242,8 @@ def load_model(config: ModelConfig, device: "torch.device | str | None" = None, 
     rows = model.get_input_embeddings().num_embeddings
     _check_agreement(len(tokenizer), rows, str(folder))
     model.requires_grad_(False).eval()
-    if split:
-        shards.join(model)
+    if launch is not None and split:
+        shards.join(model, launch.gather_for_sampling)
     elif device is not None:
         model.to(device)
     commit = folder.name if config.kind is ModelKind.hub else None
@@ -437,8 +439,7 @@ def without_weights(description: Any) -> Any:
 
     config = description
     if not isinstance(config, PretrainedConfig):
-        values = vars(description)
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**vars(description))
     with torch.device("meta"), quiet_transformers():
         return AutoModelForCausalLM.from_config(config).eval()
 

@@ -138,7 +138,7 @@ def build_trainer(
     **settings,
 ):
     """A run in phases of 8 optimiser steps: 16 completions in 4 minibatches, 2 epochs; or 8 rows a step."""
-    extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset") if name in settings}
+    extra = {name: settings.pop(name) for name in ("on_phase", "train_dataset", "frozen") if name in settings}
     model = settings.pop("model", None) or tiny_model(folder / "model")
     chosen = peft_config(*adapter_settings(folder, model, adapter, splice, sparsity))
     if chosen is None:

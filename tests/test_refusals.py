@@ -57,7 +57,7 @@ WORDS = [
     Case("train-sae model=missing", "there is no model=missing; options are hub, local, planted, pythia-14m"),
     Case(
         "train-sae launch=two",
-        "there is no launch=two; options are cpu_2, deepspeed_zero2, deepspeed_zero3, fsdp2, gpu",
+        "there is no launch=two; options are cpu_2, fsdp2, gpu",
     ),
     Case("train-sae sae.lr=0.1,0.2", "sae.lr=0.1,0.2 is a sweep: add -m, or write a list as sae.lr=[0.1,0.2]"),
     Case("train-sae sae=[", "cannot read a setting"),

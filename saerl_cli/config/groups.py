@@ -198,12 +198,10 @@ class Tracker(Enum):
 
 
 class Sharding(Enum):
-    """What is split over GPUs instead of being whole on each."""
+    """How a model is split over processes instead of being whole in each."""
 
     none = "none"
     fsdp2 = "fsdp2"
-    deepspeed_zero2 = "deepspeed_zero2"
-    deepspeed_zero3 = "deepspeed_zero3"
 
 
 ALL_GPUS = -1
@@ -219,6 +217,9 @@ class LaunchConfig:
     sharding: Sharding = Sharding.none
     """`none`: the model is whole in each process. `fsdp2`: weights, and what is trained of them with its gradients and
     optimiser state, are split over the processes; a block's weights are whole only while it runs."""
+    gather_for_sampling: bool = False
+    """With `sharding`: have the whole model in each process while completions are sampled, as fast as without; what is
+    trained of it stays split. Otherwise every token gathers every block."""
     cpu: bool = False
     """Keep every process on the CPU; otherwise a GPU is used where there is one."""
     mixed_precision: Precision = Precision.no

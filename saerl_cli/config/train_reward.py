@@ -51,7 +51,8 @@ class TrainRewardConfig:
 
     def __post_init__(self) -> None:
         refuse_unless(
-            self.launch.shards == 1, "train-reward works on whole models; write launch.sharding=none, for instance launch=gpu"
+            self.launch.shards == 1,
+            "train-reward works on whole models; write launch.sharding=none, for instance launch=gpu",
         )
         for name in ("epochs", "batch_size", "checkpoint_every"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")

@@ -70,7 +70,7 @@ class Parts:
 
 def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
     """Load the model, build the reward, cut the prompts."""
-    loaded = load_model(config.model, device, config.launch.shards)
+    loaded = load_model(config.model, device, config.launch)
     reward = build_reward(config.reward, loaded.tokenizer, device)
     heldout = documents(config.data, config.model, "heldout")
     prompts, heldout_prompts = choose_prompts(config, loaded.tokenizer, loaded.context_size)
@@ -102,7 +102,7 @@ def build_trainer(parts: Parts) -> ExactTrainer:
     chosen = peft_config(config.adapter, parts.loaded, parts.saes)
     given: dict[str, Any] = {}
     if chosen is None and config.launch.shards > 1 and config.algo.kind in COPYING:
-        given["frozen"] = load_model(config.model, None, config.launch.shards).model
+        given["frozen"] = load_model(config.model, None, config.launch).model
     if chosen is None:
         model.requires_grad_(True)
     trainer = TRAINERS[config.algo.kind](
@@ -115,7 +115,7 @@ def build_trainer(parts: Parts) -> ExactTrainer:
         **given,
     )
     if config.launch.shards > 1 and trainer.ref_model is not None and not given:
-        shards.join(trainer.ref_model)
+        shards.join(trainer.ref_model, config.launch.gather_for_sampling)
     if isinstance(trainer, RolloutTrainer):
         trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
     trainer.restraint = restraint(parts, trainer.accelerator.unwrap_model(trainer.model))

@@ -1,6 +1,7 @@
 """`saerl rlhf`: RLHF of a frozen language model by SAE coefficients or another adapter, or of the whole model."""
 
 import contextlib
+import copy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from saerl_cli.run.files import atomic_folder
 from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from saerl_cli.rl.build import Parts
     from saerl_cli.rl.policy import Policy
     from saerl_cli.rl.trainers.exact import ExactTrainer
@@ -244,6 +247,20 @@ def save_policy(trainer: "ExactTrainer", parts: "Parts") -> None:
                 parts.loaded.tokenizer.save_pretrained(folder)
     elif run.writes:
         save_adapter(model, run.path / "adapter")
+
+
+def save_weights(model: Any, state: "dict[str, Tensor]", folder: Path) -> None:
+    """A model's folder from whole weights; of one that is split, whose own method would ask the other processes."""
+    from saerl_cli.models import without_weights
+
+    saved = model
+    if shards.is_split(model):
+        config = copy.deepcopy(model.config)
+        del config.distributed_config
+        saved = without_weights(config)
+        saved.generation_config = model.generation_config
+        saved._weight_conversions = model._weight_conversions  # names in the file are those of the file it came from
+    saved.save_pretrained(folder, state_dict=state)
 
 
 def outcome(numbers: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from trl.trainer.utils import use_adapter
 
 from saerl_cli.config.adapter import AdapterKind, Splice
-from saerl_cli.config.groups import Dtype, ModelConfig, ModelKind
+from saerl_cli.config.groups import Dtype, LaunchConfig, ModelConfig, ModelKind
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.rl.trainers.exact import sample_what_is_scored
@@ -48,20 +48,20 @@ def reference_of(model: Any, frozen: Any = None) -> Iterator[Any]:
         yield model
 
 
-def load_policy(run_path: Path | str, device: Any = None, processes: int = 1) -> Policy:
+def load_policy(run_path: Path | str, device: Any = None, launch: LaunchConfig | None = None) -> Policy:
     """The policy of a finished run of `saerl rlhf`, in eval mode, all parameters frozen.
 
     Args:
         run_path: the run directory.
         device: where to put it.
-        processes: over how many its weights are split.
+        launch: of the job, whose processes may split its weights.
 
     Raises:
         ValueError: unfinished run, or a base model or SAE that is not the one the policy was trained with.
     """
     config = run_config(run_path)
     folder = policy_folder(run_path, config)
-    loaded = load_model(config.model, device, processes)
+    loaded = load_model(config.model, device, launch)
     trained_on = read_json(Path(run_path) / "run.json").get("inputs", {}).get("model", {}).get("sha256")
     if trained_on not in (None, loaded.sha256):
         raise ValueError(
@@ -69,15 +69,15 @@ def load_policy(run_path: Path | str, device: Any = None, processes: int = 1) ->
             f" ({loaded.sha256[:12]})"
         )
     if config.adapter.kind is AdapterKind.full:
-        return full_policy(loaded, folder, device, processes)
+        return full_policy(loaded, folder, device, launch)
     return adapter_policy(loaded, folder, config.adapter.splice)
 
 
-def full_policy(loaded: Loaded, folder: Path, device: Any, processes: int) -> Policy:
+def full_policy(loaded: Loaded, folder: Path, device: Any, launch: LaunchConfig | None) -> Policy:
     """The model of `folder` with the loaded one as its reference."""
     dtype = Dtype(str(loaded.model.dtype).removeprefix("torch."))
     config = ModelConfig(kind=ModelKind.local, path=str(folder), dtype=dtype)
-    model = load_model(config, device or loaded.model.device, processes).model
+    model = load_model(config, device or loaded.model.device, launch).model
     return plain(Policy(model, loaded.tokenizer, eos_token_ids(loaded), loaded.context_size, loaded.model))
 
 

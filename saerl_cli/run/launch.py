@@ -65,7 +65,6 @@ def counted(launch: Any, choice: str, visible: int | None) -> int:
     Raises:
         ValueError: one line saying what to write instead.
     """
-    check_package(launch.sharding)
     if visible is None:
         raise ValueError(
             f"launch={choice} counts this machine's GPUs; for a cluster write launch.num_processes=N, or"
@@ -89,7 +88,6 @@ def check_launch(launch: LaunchConfig, here: bool = True) -> None:
     for tracker in launch.trackers:
         if find_spec(tracker.value) is None:
             raise ValueError(f"launch.trackers=[{tracker.value}] needs a package: pip install {tracker.value}")
-    check_package(launch.sharding)
     if "LOCAL_RANK" in os.environ:
         raise ValueError("start this command directly, not under torchrun: it starts its own processes (launch=cpu_2)")
     if here and engaged(launch):
@@ -103,12 +101,6 @@ def check_machine(launch: LaunchConfig) -> None:
         raise ValueError(f"{asked}, but this machine has {cores()} cores; write launch.num_processes={cores()}")
     if not launch.cpu and launch.num_processes > gpus():
         raise ValueError(f"{asked}, but this machine has {gpus()} GPUs; write launch=cpu_2, or launch=one")
-
-
-def check_package(sharding: Sharding) -> None:
-    """Refuse DeepSpeed where it is not installed."""
-    if "deepspeed" in sharding.value and find_spec("deepspeed") is None:
-        raise ValueError(f"launch.sharding={sharding.value} needs an extra: pip install 'saerl[deepspeed]'")
 
 
 def engaged(launch: LaunchConfig) -> bool:
@@ -144,11 +136,12 @@ def accelerate_config(launch: LaunchConfig) -> dict[str, Any]:
     """What RUN/accelerate.yaml says. It says everything, or Accelerate would ask the user's default_config.yaml.
 
     MULTI_GPU is also what makes two processes on a CPU find each other, given ACCELERATE_USE_CPU; MULTI_CPU makes one.
+    A split model is transformers' own (`saerl_cli.models.load_model`): Accelerate's FSDP would split adapters too, and
+    is not to be had on a CPU.
     """
-    kind = "DEEPSPEED" if "deepspeed" in launch.sharding.value else "MULTI_GPU"
-    common = {
+    return {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": kind,
+        "distributed_type": "MULTI_GPU",
         "num_machines": 1,
         "num_processes": launch.num_processes,
         "machine_rank": 0,
@@ -159,26 +152,6 @@ def accelerate_config(launch: LaunchConfig) -> dict[str, Any]:
         "debug": False,
         "enable_cpu_affinity": False,
     }
-    return common | SHARDED.get(launch.sharding, {})
-
-
-SHARDED = {
-    **{
-        sharding: {
-            "deepspeed_config": {
-                "zero_stage": stage,
-                "gradient_accumulation_steps": 1,
-                "offload_optimizer_device": "none",
-                "offload_param_device": "none",
-                "zero3_init_flag": False,
-                "zero3_save_16bit_model": stage == 3,
-                "deepspeed_multinode_launcher": "standard",
-            }
-        }
-        for sharding, stage in ((Sharding.deepspeed_zero2, 2), (Sharding.deepspeed_zero3, 3))
-    },
-}
-"""What the ways of sharding add."""
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 transformers loads such models with torch's FSDP2. In every forward pass each block's weights are gathered from all
 processes, so all must take part in a pass even where only some of them have work: when completions end after different
 numbers of tokens, when batches do not go round, while the first process looks at samples. That is what this file adds:
-before a pass the processes agree whose it is, the others hand over their parts (`_follow`), and `meet` ends a stretch of
-passes in which each process did its own. Which pass that is, and how far down the model it goes, makes no difference.
+before a pass the processes agree whose it is, and the others hand over their parts (`_follow`); `meet` ends a stretch
+of passes in which each process did its own. Blocks may be left out of a pass: those of a model's upper end, or what is
+not computed again.
 
 Parts are gathered into the very numbers that were split, so that what a frozen model computes is equal to the bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +27,10 @@ NOTHING: Pass = (0, 0, 0)
 class Split:
     """A model that takes part, and its modules that gather weights, in the order in which they run."""
 
-    model: "nn.Module"
+    model: Any
     order: "list[Any]"
+    whole_for_sampling: bool
+    """Whether it is gathered once before completions are sampled, instead of for every token."""
 
     def without(self) -> tuple[int, int]:
         """Which modules a pass through the model as it is now leaves out: the first, and how many follow each other."""
@@ -37,23 +41,57 @@ class Split:
 
 _splits: list[Split] = []
 """Of this process; the same in all, in the same order."""
+_gathered: set[int] = set()
+"""Numbers of the models that this process has whole for a while."""
 
 
-def join(model: Any) -> None:
-    """Let a model that transformers has split take part; every process must, with the same models in the same order."""
+def split(model: "nn.Module", blocks: "Iterable[nn.Module]") -> None:
+    """Split a model that every process has whole, and let it take part.
+
+    Args:
+        model: the same in all.
+        blocks: its layers, each to be gathered by itself; the rest of the model is gathered for a whole pass.
+    """
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    join(model)
+
+
+def join(model: Any, whole_for_sampling: bool = False) -> None:
+    """Let a model that transformers has split take part; every process must, with the same models in the same order.
+
+    Args:
+        model: the model.
+        whole_for_sampling: gather it once before completions are sampled.
+
+    Raises:
+        ValueError: its blocks are not known, so that its weights would be gathered all at once.
+    """
     import torch
     from torch.distributed.fsdp import FSDPModule
 
     model.set_reshard_after_forward(True)  # every pass gathers each block once, whatever passes came before
     order: list[Any] = []
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     hooks = [module.register_forward_pre_hook(lambda module, _: order.append(module)) for module in modules]
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
+    if len(unique(order)) == 1:
+        raise ValueError(
+            f"launch.sharding=fsdp2 does not know the blocks of this architecture ({model.config.model_type}); write"
+            " launch.sharding=none"
+        )
     number = len(_splits)
-    _splits.append(Split(model, unique(order)))
+    _splits.append(Split(model, unique(order), whole_for_sampling))
     model.register_forward_pre_hook(lambda *_: _before_pass(number), prepend=True)
 
 
@@ -63,9 +101,10 @@ def unique(modules: Iterable[Any]) -> list[Any]:
     return [module for module in dict.fromkeys(first[id(m._get_fsdp_state())] for m in modules)]
 
 
-def leave_all() -> None:
-    """Forget the models of this process."""
-    _splits.clear()
+def leave(model: Any) -> None:
+    """Forget a model that no process runs any more; the last that joined."""
+    assert _splits[-1].model is model
+    _splits.pop()
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
@@ -78,8 +117,37 @@ def meet() -> None:
             _follow(turn)
 
 
+@contextmanager
+def whole_for_sampling(model: Any) -> "Iterator[None]":
+    """Inside, this process has a model whole where that is wanted, so that its passes need nobody.
+
+    Args:
+        model: one that is split, or an adapter's around it; any other is left as it is.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    numbers = [number for number, split in enumerate(_splits) if split.model is base and split.whole_for_sampling]
+    if not numbers:
+        yield
+        return
+    (number,) = numbers
+    _before_pass(number)  # it gathers what a pass gathers
+    base.set_reshard_after_forward(False)
+    for module in _splits[number].order:
+        module.unshard()
+    _gathered.add(number)
+    try:
+        yield
+    finally:
+        _gathered.discard(number)
+        base.set_reshard_after_forward(True)
+        for module in _splits[number].order:
+            module.reshard()
+
+
 def _before_pass(number: int) -> None:
     """Wait, helping, until the pass that this process is about to make is the one that is made."""
+    if number in _gathered:
+        return
     wanted = (number + 1, *_splits[number].without())
     while (turn := _turn(wanted)) not in (wanted, None):
         _follow(turn)
@@ -112,6 +180,11 @@ def _follow(turn: Pass) -> None:
 def is_split(model: Any) -> bool:
     """Whether a model is split over the processes."""
     return any(split.model is model for split in _splits)
+
+
+def gathers(module: Any) -> bool:
+    """Whether a module of a split model gathers its weights by itself."""
+    return hasattr(module, "unshard")
 
 
 def is_part(tensor: Any) -> bool:
@@ -147,3 +220,25 @@ def split_as(values: "Tensor", like: Any) -> "Tensor":
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def optimizer_state(saved: "Mapping[str, Tensor]", optimizer: Any) -> "dict[int, dict[str, Tensor]]":
+    """The `state` of an optimiser from whole tensors named `PARAMETER.KEY`, split as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in saved.items():
+        index, key = name.split(".", 1)
+        like = parameters[int(index)]
+        moment = split_as(tensor, like) if tensor.shape == like.shape else tensor  # else the count of steps
+        state.setdefault(int(index), {})[key] = moment
+    return state
+
+
+def clip(parameters: "Iterable[nn.Parameter]", longest: float) -> "Tensor":
+    """Scale gradients down to a joint norm; returns what it was, over the parts of all processes."""
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+    parameters = list(parameters)
+    norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    clip_grads_with_norm_(parameters, longest, norm)
+    return norm

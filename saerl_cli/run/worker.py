@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from saerl_cli.config import typed
-from saerl_cli.config.groups import Sharding
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import write_json
@@ -68,7 +67,6 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
         project_dir=folder,
     )
     check_world_size(accelerator.num_processes, config.launch.num_processes)
-    check_sharding(accelerator.distributed_type.value, config.launch.sharding)
     run = Run(folder, writes=rank == 0)
     if config.launch.trackers:
         track(accelerator, run)
@@ -91,13 +89,6 @@ def check_world_size(got: int, asked: int) -> None:
     """Accelerate falls back to one process without a word in several cases; none may pass."""
     if got != asked:
         raise RuntimeError(f"launch.num_processes={asked}, but {got} process(es) found each other; write launch=one")
-
-
-def check_sharding(got: str, asked: Sharding) -> None:
-    """Accelerate falls back to whole models without a word, for instance on a CPU."""
-    kinds = {Sharding.deepspeed_zero2: "DEEPSPEED", Sharding.deepspeed_zero3: "DEEPSPEED"}
-    if asked in kinds and kinds[asked] != got:
-        raise RuntimeError(f"launch.sharding={asked.value}, but Accelerate set up {got}; write launch=gpu")
 
 
 def device_name(device: Any) -> str:

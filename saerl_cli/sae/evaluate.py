@@ -206,7 +206,7 @@ def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluate
 
     folders = list_saes(config.paths())
     model, data = settings(config, folders)
-    loaded = load_model(model, device, config.launch.shards)
+    loaded = load_model(model, device, config.launch)
     for folder in folders.values():
         check_sae(folder, model_sha256=loaded.sha256)
     saes = {name: load_sae(folder).to(device) for name, folder in folders.items()}

@@ -96,7 +96,7 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     from saerl_cli.models import load_model
     from saerl_cli.sae.results import results
 
-    loaded = load_model(config.model, accelerator.device, config.launch.shards)
+    loaded = load_model(config.model, accelerator.device, config.launch)
     plans = plan(config, loaded.model)
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
     _announce(run, loaded, plans)

@@ -32,6 +32,8 @@ HELDOUT_START = 1_000_000_000
 """Number of the first held-out review, beyond every training review."""
 TINY = WorldConfig(documents=600, hidden_size=32, layers=3, heads=2, context_size=96, steps=60, batch_size=16, lr=1e-2)
 """Trains in seconds and has learned little more than which words exist: for tests."""
+THREADS = 2
+"""CPU threads that train it: another number would add up in another order and make other bits."""
 SOURCES = ("words.py", "language.py", "tokenizer.py", "shape.py", "train.py")
 """What decides the weights, beside the settings."""
 
@@ -96,7 +98,8 @@ def planted_model(
         run: where losses and checkpoints of a training go.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints.
-        team: the processes that train it together; the first holds the lock and writes.
+        team: the processes that wait for it. The first trains it alone, with `THREADS`, so that its bits do not
+            depend on who asks first.
 
     Raises:
         ValueError: the cache folder cannot be written.
@@ -111,7 +114,9 @@ def planted_model(
                 say(f"the cached model {folder} is damaged ({problem}); training it again")
             else:
                 say("training the embedded language model, once; later runs find it in the cache")
-            train_planted(config, folder, run, log_every, checkpoint_every, team)
+            if team.rank == 0:
+                train_planted(config, folder, run, log_every, checkpoint_every)
+            team.told(None)
     return folder
 
 
@@ -154,10 +159,10 @@ def alone(folder: Path) -> Iterator[None]:
 # --- filling it ------------------------------------------------------------------------------------------------------
 
 
-def train_planted(
-    config: WorldConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int, team: Team = ALONE
-) -> None:
+def train_planted(config: WorldConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int) -> None:
     """Train the embedded model and put it into the cache."""
+    import torch
+
     from saerl_cli.world.tokenizer import build_tokenizer
     from saerl_cli.world.train import train_model
 
@@ -165,17 +170,21 @@ def train_planted(
     tokenizer = build_tokenizer(VOCABULARY, config.context_size)
     ids = tokenizer.get_vocab()
     training = [[ids[word] for word in document.words] for document in planted_documents(config, "train")]
-    model = train_model(config, training, tokenizer, run, log_every, checkpoint_every, team=team)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        model = train_model(config, training, tokenizer, run, log_every, checkpoint_every)
+    finally:
+        torch.set_num_threads(threads)
     heldout = list(planted_documents(config, "heldout"))
     record = {
         "config": asdict(config),
-        **measure(model, [[ids[word] for word in document.words] for document in heldout], tokenizer, team),
+        **measure(model, [[ids[word] for word in document.words] for document in heldout], tokenizer),
         "entropy": sum(document.nats for document in heldout) / sum(len(document.words) + 1 for document in heldout),
         "seconds": round(time.monotonic() - start, 1),
     }
-    if team.rank == 0:
-        with atomic_folder(folder, replace=True) as partial:
-            save_model(model, tokenizer, partial, record)
+    with atomic_folder(folder, replace=True) as partial:
+        save_model(model, tokenizer, partial, record)
 
 
 def measure(
@@ -204,5 +213,4 @@ def save_model(
     tokenizer.save_pretrained(folder)
     hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    threads = torch.get_num_threads()
-    write_json(folder / "world.json", {**record, "threads": threads, "versions": versions, "sha256": hashes})
+    write_json(folder / "world.json", {**record, "versions": versions, "sha256": hashes})

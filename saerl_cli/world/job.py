@@ -43,6 +43,10 @@ def check(config: TrainLmConfig) -> None:
         config.data.context_size in (None, config.model.world.context_size),
         "train-lm takes the context from model.world.context_size; leave data.context_size empty",
     )
+    refuse_unless(
+        config.launch.shards == 1 or config.data.kind is DataKind.text,
+        "the embedded model is trained whole, by one process; write launch.sharding=none, or data=text data.path=FILE",
+    )
     if config.data.kind is DataKind.text:
         split_documents(read_documents(config.data), config.data)
 
@@ -88,7 +92,8 @@ def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dic
     words = frequent_words(build_tokenizer([]), training, VOCABULARY_LIMIT)
     tokenizer = build_tokenizer(words, world.context_size)
     ids = [tokenizer(document)["input_ids"] for document in training]
-    model = train_model(world, ids, tokenizer, run, config.log_every, config.checkpoint_every, device=device, team=team)
+    settings = (run, config.log_every, config.checkpoint_every, device, team, config.launch.shards > 1)
+    model = train_model(world, ids, tokenizer, *settings)
     record = {
         "config": asdict(world),
         "data": config.data.path,

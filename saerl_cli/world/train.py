@@ -5,7 +5,6 @@ Batches are a function of seed and step, so a run continues from a checkpoint as
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from saerl_cli.config.groups import WorldConfig
+from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
 from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import progress
@@ -43,6 +43,7 @@ def train_model(
     checkpoint_every: int = 200,
     device: torch.device | str = "cpu",
     team: Team = ALONE,
+    split: bool = False,
 ) -> GPTNeoXForCausalLM:
     """A GPT-NeoX model trained from scratch to continue the documents.
 
@@ -55,6 +56,7 @@ def train_model(
         checkpoint_every: steps between two checkpoints.
         device: where to train.
         team: the processes that share the rows of every batch; all end with the same weights.
+        split: whether weights and AdamW's state are split over them meanwhile.
 
     Raises:
         ValueError: there is too little text for one row, or a row a process, or the loss is not finite.
@@ -64,6 +66,8 @@ def train_model(
         raise ValueError(f"the text fills {len(rows)} rows, fewer than launch.num_processes={team.size}")
     model = new_model(config, len(tokenizer))
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    if split:
+        shards.split(model, model.gpt_neox.layers)
     optimizer = new_optimizer(model)
     start = resume(model, optimizer, run)
     for step in progress(range(start, config.steps), "language model"):
@@ -74,10 +78,21 @@ def train_model(
             raise ValueError(f"the loss is {loss} at step {done}; lower model.world.lr={config.lr}")
         if run and (done % log_every == 0 or done == config.steps):
             run.log(done, loss=loss, lr=learning_rate(config, step), tokens=done * batch.numel())
-        if run and run.writes and done % checkpoint_every == 0 and done < config.steps:
-            with run.save_checkpoint(done) as folder:
-                save_training(model, optimizer, folder)
-    return model.cpu().eval()
+        if run and done % checkpoint_every == 0 and done < config.steps:
+            tensors = training_state(model, optimizer, run.writes)
+            if run.writes:
+                with run.save_checkpoint(done) as folder:
+                    write_safetensors(folder / "training.safetensors", tensors)
+    return whole_model(model, config, len(tokenizer)) if split else model.cpu().eval()
+
+
+def whole_model(model: GPTNeoXForCausalLM, config: WorldConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
+    """A split model, whole in every process and on the CPU."""
+    weights = shards.on_cpu(model.state_dict().items(), wanted=True)
+    shards.leave(model)
+    found = new_model(config, vocabulary_size)
+    found.load_state_dict(weights)
+    return found.eval()
 
 
 def new_model(config: WorldConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
@@ -163,11 +178,14 @@ def train_step(
     own = batch[team.rank :: team.size]
     loss = next_token_loss(model, own, own, "mean") * (len(own) / len(batch))  # this process's part of the mean
     optimizer.zero_grad()
-    loss.backward()
-    if team.size > 1:
+    if shards.is_split(model):
+        (loss * team.size).backward()  # FSDP2 takes the mean of all processes' gradients
+    else:
+        loss.backward()
+    if team.size > 1 and not shards.is_split(model):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         vector_to_parameters(team.total(parameters_to_vector(gradients)), gradients)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    shards.clip(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
     return team.total(loss.detach()).item()
 
@@ -213,12 +231,12 @@ def heldout_loss(
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_training(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """What a restart needs beside the number of steps: weights and AdamW's state."""
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+def training_state(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, wanted: bool) -> dict[str, Tensor]:
+    """What a restart needs beside the number of steps: weights and AdamW's state; for a process that writes them."""
+    named = [(f"model.{name}", tensor) for name, tensor in model.state_dict().items()]
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    write_safetensors(folder / "training.safetensors", tensors)
+        named += [(f"optimizer.{index}.{name}", tensor) for name, tensor in state.items()]
+    return shards.on_cpu(named, wanted)
 
 
 def resume(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, run: "Run | None") -> int:
@@ -231,12 +249,9 @@ def resume(model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, run: "Ru
         return 0
     step, folder = latest
     tensors = load_file(folder / "training.safetensors")
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    model.load_state_dict(weights)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(shards.split_as(tensors[f"model.{name}"], tensor))
+    moments = {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")}
+    state = shards.optimizer_state(moments, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step

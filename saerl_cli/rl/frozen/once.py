@@ -71,7 +71,7 @@ class OnceTrainer(ExactTrainer, Base):
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with unwrapped as model, compact(model):
+        with unwrapped as model, compact(model), shards.whole_for_sampling(model):
             completions = sample(
                 model, ids.to(device), mask.to(device), settings.max_new_tokens, self.eos_token_ids, temperature
             )

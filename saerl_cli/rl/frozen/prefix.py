@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from saerl_cli.adapter.codes import Codes, by_sequence, concatenated, from_sequences, sparse_codes
 from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.run import shards
 
 Recorded = dict[str, Tensor]
 """Outputs of frozen modules by name, [batch, seq, width] each, codes by `name/values` and so on; a row a sequence."""
@@ -35,10 +36,17 @@ class Prefix:
         modules: by name.
         kept: names of those whose output the rest of the model reads.
         readers: the layers with coefficients that wrap a module of `kept`, by that module's name.
+        blocks: those of a model that is split over processes which gather their weights by themselves, with where they
+            stand: a module and a name in it.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], readers: dict[str, SparseCoeffLayer]):
-        self.modules, self.readers = modules, readers
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        readers: dict[str, SparseCoeffLayer],
+        blocks: dict[str, tuple[nn.Module, str]],
+    ):
+        self.modules, self.readers, self.blocks = modules, readers, blocks
         self.kept = list(modules)
         self._forms: dict[str, tuple[torch.Size, torch.dtype, tuple]] = {}  # what a module put out but for its numbers
 
@@ -94,8 +102,19 @@ class Prefix:
 
             return run
 
-        with self._instead(replaying):
+        with self._instead(replaying), self._stand_ins():
             yield
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        """Nothing in the place of blocks whose weights are split, so that no process gathers what nobody uses."""
+        for name, (parent, child) in self.blocks.items():
+            parent._modules[child] = StandIn(self.modules[name])
+        try:
+            yield
+        finally:
+            for name, (parent, child) in self.blocks.items():
+                parent._modules[child] = self.modules[name]
 
     def _codes(self, name: str, recorded: Recorded) -> Codes | None:
         rows = {key: recorded[f"{name}/{key}"] for key in CODES if f"{name}/{key}" in recorded}
@@ -116,6 +135,21 @@ class Prefix:
                     module.forward = before[name]
             for layer in self.readers.values():
                 layer.codes = None
+
+
+class StandIn(nn.Module):
+    """A module's `forward` and attributes without its weights and hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.of = (module,)  # in a tuple, which hides it from torch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["of"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own returns."""
+        return self.of[0].forward(*args, **kwargs)
 
 
 def aligned(rows: Tensor) -> Tensor:
@@ -174,7 +208,9 @@ def find_prefix(model: nn.Module, call: Callable[[], Sequence[Tensor]], shape: t
     }
     if not any(holds_weights(module) for module in modules.values()):
         return None
-    prefix = Prefix(modules, readers)
+    blocks = {name: name.rpartition(".") for name, module in modules.items() if shards.gathers(module)}
+    places = {name: (model.get_submodule(parent), child) for name, (parent, _, child) in blocks.items()}
+    prefix = Prefix(modules, readers, places)
     with torch.no_grad():
         with prefix.record() as recorded:
             plain = call()

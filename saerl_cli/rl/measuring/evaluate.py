@@ -145,7 +145,7 @@ def build_bench(config: EvaluateConfig, device: Any, team: Team = ALONE) -> Benc
     trained = run_config(config.policy)
     trained.evaluation = config.evaluation
     with quiet_transformers():
-        policy = load_policy(config.policy, device, config.launch.shards)
+        policy = load_policy(config.policy, device, config.launch)
     reward = build_reward(trained.reward, policy.tokenizer, device)
     texts = documents(trained.data, trained.model, "heldout")
     _, unseen = choose_prompts(trained, policy.tokenizer, policy.context_size)

@@ -14,6 +14,7 @@ from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.frozen.sampling import compact, sample
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.prompts.beginnings import Prompt
+from saerl_cli.run import shards
 from saerl_cli.run.processes import ALONE, Team
 
 
@@ -68,7 +69,7 @@ def generate(
         settings = (max_new_tokens, eos_token_ids, temperature, uniforms[part])
         return sample(model, ids.to(device), mask.to(device), *settings)
 
-    with compact(model):
+    with compact(model), shards.whole_for_sampling(model):
         return list(chain.from_iterable(team.by_batch(len(prompts), batch_size, completions)))
 
 

@@ -102,11 +102,5 @@ def copy_values(source: str, saved: Mapping[str, Tensor], wanted: Mapping[str, T
 
 def load_optimizer(folder: Path, optimizer: Any) -> None:
     """Restore the optimiser's moments and settings."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / OPTIMIZER).items():
-        index, key = name.split(".", 1)
-        like = parameters[int(index)]
-        moment = shards.split_as(tensor, like) if tensor.shape == like.shape else tensor  # not so the count of steps
-        state.setdefault(int(index), {})[key] = moment
+    state = shards.optimizer_state(load_file(folder / OPTIMIZER), optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": read_state(folder)["param_groups"]})

@@ -157,7 +157,7 @@ class ExactTrainer(Base):
         self.average_gradients()
         self.accelerator.unscale_gradients()
         groups = [group["params"] for group in self.optimizer.param_groups]
-        norms = [clip(group, self.args.max_grad_norm) for group in groups]
+        norms = [shards.clip(group, self.args.max_grad_norm) for group in groups]
         if self.accelerator.scaler is None:  # fp16 scaling skips steps with infinite gradients by itself
             self.refuse_unless_finite("a gradient", *norms)
         self.grad_norms.append([norm.item() for norm in norms])
@@ -262,14 +262,6 @@ class ExactTrainer(Base):
 
     def _send_telemetry(self) -> None:
         """TRL reports which trainers are used; this one does not."""
-
-
-def clip(parameters: list[nn.Parameter], longest: float) -> Tensor:
-    """Scale gradients down to a joint norm; returns what it was, also where they are split over processes."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = shards.whole(nn.utils.get_total_norm(gradients))
-    nn.utils.clip_grads_with_norm_(parameters, longest, norm)
-    return norm
 
 
 def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
