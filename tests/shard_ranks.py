@@ -86,10 +86,22 @@ def train(folder: Path, split: bool, **settings) -> tuple[ExactTrainer, list[dic
     return trainer, [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+def counted(turns: list[int], turn=shards._turn):
+    """`shards._turn`, counting."""
+
+    def count(wanted):
+        turns.append(1)
+        return turn(wanted)
+
+    return count
+
+
 def compare(folder: Path, settings: dict) -> dict:
     """The largest difference of a parameter, and of a metric, between the whole and the split model's run."""
     LOWEST.clear()
     one, whole_rows = train(folder, False, **settings)
+    turns: list[int] = []
+    shards._turn = counted(turns)
     two, split_rows = train(folder, True, **settings)
     first, second = trained(one), {name: shards.whole(p) for name, p in two.trainable()}
     assert first.keys() == second.keys()
@@ -106,6 +118,7 @@ def compare(folder: Path, settings: dict) -> dict:
         "metrics": max(abs(a[key] - b[key]) for a, b in zip(whole_rows, split_rows, strict=True) for key in a),
         "moved": moved,
         "restored": back,
+        "turns": len(turns),
         "lowest": [LOWEST.count(False), LOWEST.count(True)],
     }
 

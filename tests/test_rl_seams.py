@@ -40,6 +40,7 @@ def parameters(function) -> list[str]:
         (Trainer, "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         (Trainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         (Trainer, "_load_scaler", ["self", "checkpoint"]),
+        (Trainer, "_sync_replicated_trainable_parameters", ["self", "model"]),
         (Trainer, "_load_rng_state", ["self", "checkpoint"]),
         (GRPOTrainer, "_send_telemetry", ["self"]),
         (GRPOTrainer, "training_step", ["self", "model", "inputs", "num_items_in_batch"]),

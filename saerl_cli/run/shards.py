@@ -168,6 +168,7 @@ def _turn(wanted: Pass) -> Pass | None:
 def _follow(turn: Pass) -> None:
     """Hand over this process's parts for a pass that others make."""
     number, first, count = turn
+    assert number - 1 not in _gathered, "a process that has a model whole cannot hand over parts of it"
     for place, module in enumerate(_splits[number - 1].order):
         if not first <= place < first + count:
             module.unshard()
