@@ -229,7 +229,7 @@ def plan(
     ] = None,
     sparse_coeffs: Annotated[bool, typer.Option("--sparse-coeffs", help="As for saerl rlhf.")] = False,
     sae: Annotated[
-        str, typer.Option("--sae", help="Words of the saerl train-sae whose SAEs adapter.saes will name.")
+        str, typer.Option("--sae", help="Words of the saerl train-sae that makes SAEs which are not there yet.")
     ] = "",
     length: Annotated[
         float | None, typer.Option("--length", help="Tokens of a completion on average; the longest when empty.")

@@ -4,20 +4,26 @@ import json
 import shlex
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from saerl_cli.config.adapter import AdapterConfig, AdapterKind, Splice
 from saerl_cli.config.groups import ModelConfig, ModelKind
-from saerl_cli.plan import command, machine, table, work
+from saerl_cli.plan import command, machine, metrics, runs, supervised, table, work
 from saerl_cli.plan.compose import composed
+from saerl_cli.plan.examples import Examples, from_lengths
 from saerl_cli.plan.policy import Policy
+from saerl_cli.plan.runs import RUNS
 from saerl_cli.plan.sae import estimate as estimate_sae
 from saerl_cli.plan.shapes import PYTHIA, from_description, shape_of
 from saerl_cli.world.cache import planted_shape
@@ -233,6 +239,212 @@ def test_the_frozen_part_is_left_out_above_the_lowest_site():
     assert Policy(composed("rlhf", [*words, "algo.prefix_cache=false"]), [], None).above == 4
 
 
+# --- sft, dpo, rwr --------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of storages made inside that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in (tensor.untyped_storage() for tensor in tensors(out)):
+            key = storage._cdata
+            if key not in given and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += self.sizes[key]
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, key)
+        return out
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_of(part: work.Piece) -> int:
+    call = RUNS[part.kind](torch.device("cpu"), **dict(part.sizes))
+    with Peak() as peak:
+        call()
+    return peak.most
+
+
+@pytest.mark.parametrize("grad", ["none", "inputs", "weights"])
+def test_trl_s_head_holds_so_many_tiles(grad):
+    shape = replace(from_description(tiny().config), vocabulary=work.FUSED_COLUMNS, width=8)
+    cpu, gpu = work.fused_bytes(shape, 40, "float32", grad)
+    assert gpu == 40 * work.FUSED_COLUMNS * 4
+    assert cpu == pytest.approx(peak_of(work.fused(shape, 40, "float32", grad, "entropy,is_top1")), rel=0.08)
+
+
+@pytest.mark.parametrize("grad", ["inputs", "weights"])
+def test_the_weighted_likelihood_holds_so_many_matrices(grad):
+    sizes = {"width": 8, "vocabulary": 1000, "rows": 4, "seq": 40, "grad": grad, "dtype": "float32"}
+    found = peak_of(work.piece("likelihood", 0, 0, 0, **sizes))
+    assert found == pytest.approx(supervised.WHOLE * 4 * 4 * 40 * 1000, rel=0.08)
+
+
+@pytest.mark.parametrize(("topk", "matrices"), [(True, metrics.TOPK_FEATURES), (False, metrics.FEATURES)])
+def test_encoding_holds_so_many_matrices(topk, matrices):
+    part = work.dictionary(8, 1000, 4, topk, 500, "values")
+    assert matrices * 4 * 500 * 1000 == pytest.approx(peak_of(part), rel=0.08)
+
+
+def product(added, a, b, *_, **__) -> int:
+    """Operations of `added += a @ b`, from shapes: torch counts none of those in place."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+def policy_of(folder: Path, algo: str, adapter: str) -> Policy:
+    config = composed("rlhf", [f"algo={algo}", f"adapter={adapter}", "algo.batch_size=8"])
+    config.model = ModelConfig(kind=ModelKind.local, path=str(folder))
+    config.algo.max_new_tokens = 4
+    return Policy(config, [], None)
+
+
+@pytest.mark.parametrize("adapter", ["full", "steering_vector"])
+@pytest.mark.parametrize(("algo", "longest"), [("sft", 12), ("dpo", 7), ("rwr", 6)])
+def test_a_step_computes_what_its_trainer_does(tmp_path, algo, longest, adapter):
+    """Products in the first optimiser step of the real trainer, with every product written out (eager attention)."""
+    from rl_fixtures import build_trainer, tiny_model
+
+    model = tiny_model(tmp_path / "model")
+    model.set_attn_implementation("eager")
+    trainer, seen = build_trainer(tmp_path, adapter, algo=algo, model=model, phases=1), []
+    true = trainer.training_step
+
+    def counting(model, inputs, *more):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
+            loss = true(model, inputs, *more)
+        seen.append((inputs["input_ids"].shape, counter.get_total_flops()))
+        return loss
+
+    trainer.training_step = counting
+    if trainer.ref_model is not None:
+        trainer.ref_model.set_attn_implementation("eager")
+    trainer.train()
+    (rows, length), counted = seen[0]
+    assert (rows, length) == (16 if algo == "dpo" else 8, longest)
+    policy = policy_of(tmp_path / "model", algo, adapter)
+    planned = supervised.stepped(policy, Examples(1, 1, length, length, length, [], []))
+    assert sum(times * part.flops for times, part in planned) == pytest.approx(counted, rel=0.02)
+
+
+def test_pairs_are_padded_to_the_longest_of_a_batch():
+    found = from_lengths([3, 5, 4, 9, 2], context=8, rows=2, number=100, heldout=10, reading=[], notes=[], sides=2)
+    assert (found.sequences, found.heldout) == (200, 20)
+    assert (found.mean, found.padded, found.longest) == (14 / 4, (5 + 4) / 2, 5)  # the ninth does not fit
+
+
+def test_planted_pairs_and_documents_are_as_long_as_their_tokens():
+    words = ["algo=dpo", "algo.pairs.count=60"]
+    found = supervised.examples_of(Policy(composed("rlhf", words), [], None))
+    assert (found.sequences, found.heldout) == (120, 400)
+    assert 30 < found.mean < found.padded <= found.longest <= 96
+    packed = supervised.examples_of(Policy(composed("rlhf", ["algo=sft", "data.max_documents=3000"]), [], None))
+    assert packed.padded == packed.longest == 96
+    assert packed.sequences == pytest.approx(3000 * 32 / 96)
+
+
+def test_an_examples_file_is_counted_by_the_model_s_tokenizer(tmp_path, tiny_world_model):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join('{"prompt": "the movie", "completion": "was good ."}' for _ in range(10)))
+    config = composed("rlhf", ["algo=sft", f"algo.examples={file}"])
+    config.model = ModelConfig(kind=ModelKind.local, path=str(tiny_world_model))
+    found = supervised.examples_of(Policy(config, [], None))
+    assert (found.sequences, found.heldout, found.padded) == (9, 1, 6)  # with the end token
+
+
+def phases_of(name: str, *words: str, saes: tuple[str, ...] = ()) -> dict[str, work.Phase]:
+    found = command.estimate(name, composed(name.replace("-", "_"), words), list(saes), None)
+    return {phase.name: phase for phase in found.phases}
+
+
+def test_what_each_supervised_algorithm_does_besides():
+    rwr, sft, dpo = (phases_of("rlhf", f"algo={algo}", "algo.phases=7") for algo in ("rwr", "sft", "dpo"))
+    assert [phases["steps"].count for phases in (rwr, sft, dpo)] == [70, 70, 70]
+    assert "drawing" in rwr and "held-out examples" not in rwr
+    assert "held-out examples" in sft and "held-out examples" in dpo and "drawing" not in dpo
+    rows = [dict(part.sizes)["rows"] for part in (p for _, p in dpo["steps"].work) if part.kind == "forward"]
+    assert rows == [64, 64]  # both sides of 32 pairs, by policy and reference
+    short = phases_of("rlhf", "algo=rwr", "algo.draws=512")["drawing"].flops
+    assert rwr["drawing"].flops == pytest.approx(16 * short)
+
+
+def test_gradients_go_back_to_the_lowest_site_only():
+    adapter = ["adapter=random_dictionary", "adapter.d_sae=64", "adapter.k=4", "adapter.sites=[mlp_out.1,mlp_out.2]"]
+    parts = [part for _, part in phases_of("rlhf", "algo=sft", *adapter)["steps"].work]
+    layers = {dict(p.sizes)["grad"]: dict(p.sizes)["layers"] for p in parts if p.kind == "forward"}
+    assert layers == {"inputs": 2, "none": 2}
+    assert [dict(p.sizes)["how"] for p in parts if p.kind == "splice"] == ["first", "back"]
+
+
+def test_a_cpu_s_temporaries_are_none_of_a_gpu():
+    found = command.estimate("rlhf", composed("rlhf", ["algo=sft"]), [], None)
+    (steps,) = [phase for phase in found.phases if phase.name == "steps"]
+    gpu = command.described_phase(steps, machine.published("h200"), 0.0)
+    rates = machine.Rates(1e9, 1e9, 1e9, 1e-6)
+    cpu = command.described_phase(steps, machine.Machine("here", True, 1, True, 1e9, rates, {}), 0.0)
+    assert cpu["holds_bytes"]["activations"] == gpu["holds_bytes"]["activations"]
+    assert cpu["holds_bytes"]["logits"] == round(8.25 * 4 * 32 * 96 * 298)
+    assert gpu["holds_bytes"]["logits"] == 4 * 32 * 96 * 32_768
+    assert "examples" not in command.described(found, machine.published("h200"))["stays_bytes"]
+
+
+# --- eval-sae -------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_of_saes_that_are_not_there_is_that_of_what_train_sae_makes():
+    saes = ("site=mlp_out.2", "sweep=[{k:[4,8]}]", "sae.expansion=4")
+    found = command.estimate("eval-sae", composed("eval_sae", ["saes=none"]), list(saes), None)
+    each = 2 * 128 * 512 + 512 + 128
+    assert found.parameters == {"language model": 869_632, "SAEs": 2 * each}
+    phases = {phase.name: phase for phase in found.phases}
+    assert list(phases) == ["start and text", "metrics", "stability", "probes", "table and figures"]
+    passes = [times for times, part in phases["metrics"].work if part.kind == "logits"]
+    assert passes == [pytest.approx(50_000 / (85 * 96) * (1 + 2 + 2))]  # base, two ablations, two SAEs
+    assert any("none is not there yet" in note for note in found.notes)
+
+
+def test_controls_train_two_saes_for_each_and_measure_four():
+    phases = phases_of("eval-sae", "saes=none", "controls=true", "control_tokens=40960", saes=("site=mlp_out.2",))
+    assert phases["training controls"].count == 2
+    steps = [times for times, part in phases["training controls"].work if part.kind == "sae_step"]
+    assert steps == [20]
+    assert phases["metrics of controls"].flops == pytest.approx(4 * phases["metrics"].flops)
+    assert phases["training controls"].holds["shuffle buffer"] == 65_536 * 128 * 4
+
+
+def test_an_evaluation_of_saes_reads_them_and_their_run(tmp_path):
+    from omegaconf import OmegaConf
+    from rl_fixtures import tiny_sae
+
+    tiny_sae(tmp_path / "sae", "mlp_out.1", width=128, features=300)
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.structured(composed("train_sae", [])), tmp_path / ".hydra" / "config.yaml")
+    words = [f"saes={tmp_path}", "controls=true", "eval_tokens=1000", "probe_tokens=100"]
+    found = command.estimate("eval-sae", composed("eval_sae", words), [], None)
+    assert found.parameters["SAEs"] == 2 * 128 * 300 + 300 + 128
+    names = [phase.name for phase in found.phases]
+    assert "training controls" not in names and "metrics of controls" in names  # another tool's: nothing to train alike
+
+
+def test_a_worker_s_memory_is_its_own(monkeypatch):
+    """However much the process holds that starts it."""
+    monkeypatch.setattr(runs, "BEGIN", "found = bytearray({modules})")
+    monkeypatch.setitem(runs.IMPORTS, "little", "2**25")
+    ballast = torch.ones(2**28 // 4)  # 256 MiB
+    assert 2**25 < runs.started("little")["resident_bytes"] < 2**27 < ballast.nbytes
+
+
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
@@ -272,8 +484,14 @@ def test_a_probe_times_real_pieces_once_and_keeps_them(tmp_path, monkeypatch):
         work.decode(shape, 2, 5, "float32"),
         work.score(shape, 16, "float32", "inputs"),
         work.score(shape, 16, "float32", "weights"),
+        work.fused(shape, 16, "float32", "weights", "entropy"),
+        next(w for _, w in phases_of("rlhf", "algo=rwr", "algo.batch_size=2")["steps"].work if w.kind == "likelihood"),
         work.logits(shape, 16, "float32"),
-        *(work.splice(32, 64, 4, True, 16, how) for how in ("encode", "known", "back")),
+        *(work.splice(32, 64, 4, True, 16, how) for how in ("encode", "known", "first", "back")),
+        *(work.dictionary(32, 64, 4, topk, 16, "values") for topk in (True, False)),
+        work.piece("newton", 0, 0, 0, labels=2, rows=40, columns=2),
+        work.piece("lbfgs", 0, 0, 0, labels=2, rows=40, columns=8, steps=3),
+        work.piece("matching", 0, 0, 0, width=16),
         work.splice(32, 64, 4, False, 16, "encode"),
         work.adam(1000),
         next(w for p in estimate_sae(composed("train_sae", [])).phases for _, w in p.work if w.kind == "sae_step"),
@@ -317,10 +535,15 @@ def test_unconstrained_training_of_the_largest_does_not_fit_and_says_so(saerl):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["dance"], "saerl plan has no word dance; write one of train-lm, train-sae, train-reward, rlhf, evaluate"),
+        (
+            ["dance"],
+            "saerl plan has no word dance; write one of train-lm, train-sae, train-reward, rlhf, evaluate, eval-sae",
+        ),
         (["rlhf", "algo.rolouts=3"], "there is no setting algo.rolouts; did you mean algo.rollouts?"),
         (["rlhf", "algo.rollouts=-1"], "algo.rollouts must be >= 1"),
-        (["rlhf", "algo=sft"], "not algo=sft"),
+        (["rlhf", "algo=sft", "algo.examples=nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval-sae", "saes=.", "probes=nowhere.jsonl"], "no SAEs in ."),
+        (["eval-sae"], "saes has no value"),
         (["rlhf", "-m", "seed=0,1"], "saerl plan plans one job; leave out -m"),
         (["rlhf", "--device", "abacus"], "there is no --device abacus"),
         (["rlhf", "--length", "0"], "--length is in tokens, > 0"),

@@ -347,6 +347,39 @@ def test_a_dry_run_shows_commands_time_and_memory_and_writes_nothing(saerl, empt
     assert not list(Path().iterdir())
 
 
+def test_what_a_card_does_not_state_is_planned_with_the_saes_that_an_earlier_stage_makes(monkeypatch):
+    """Each plan is made once, whatever the seed; what cannot be planned stays unknown."""
+    from saerl_cli.plan import command as planning
+    from saerl_cli.reproduce.expected import costs_of
+
+    monkeypatch.setattr("saerl_cli.run.launch.gpus", lambda: 0)
+    asked = []
+    true = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *words: (asked.append(words), true(*words))[1])
+    coefficients = ["--sparse-coeffs", "adapter.saes=${saes}", "seed=${seed}", "algo.phases=3"]
+    tasks = tasks_of(
+        pipeline_of(
+            saes={"command": "train-sae", "words": ["sae.expansion=4", "site=mlp_out.2"], "seconds": 7, "gpus": 1},
+            fit={"command": "rlhf", "words": [*coefficients, "algo=rwr"], "each": {"seed": [0, 1]}, "gpus": 1},
+            quality={"command": "eval-sae", "words": ["saes=${saes}"], "gpus": 1, "memory_gb": 3},
+            audit={"command": "audit", "words": ["policy=${fit:seed=0}"]},
+        ),
+        Path("/out"),
+        {},
+    )
+    costs = costs_of(tasks)
+    assert (costs["saes"].seconds, costs["saes"].memory_gb, costs["saes"].planned_for) == (7, 1.0, "")
+    assert costs["fit/0"] == costs["fit/1"] and costs["fit/0"].planned_for == "a100-80gb"
+    assert [words[0] for words in asked] == ["rlhf", "eval-sae"]
+    assert all(words[4] == ["sae.expansion=4", "site=mlp_out.2", "launch.threads=1"] for words in asked)
+    found = true("rlhf", ["adapter=sparse_coeffs", "adapter.saes=no", "algo.phases=3", "algo=rwr"], *asked[0][2:])
+    assert costs["fit/0"].seconds == pytest.approx(found["seconds"])
+    assert costs["fit/0"].memory_gb == pytest.approx(found["peak_bytes"] / 1e9)
+    assert costs["quality"].seconds and costs["quality"].memory_gb == 3
+    assert costs["audit"].seconds is None and expected_seconds(tasks, 2, costs) is None
+    assert expected_seconds(tasks[:-1], 2, costs)
+
+
 def test_a_folder_with_other_settings_is_refused(tmp_path):
     tasks = list(tasks_by_name(pipeline_of(a={"command": "rlhf", "words": ["seed=1"]})).values())
     plan = engine.plan_of(tasks, tmp_path, {})

@@ -33,6 +33,7 @@ NANO = (
     " data.context_size=192"
 )
 SHORT = "evaluation.every=0 snapshots=0 evaluation.samples=64"
+FEW = "data.max_documents=4000"
 REWARD = "reward=lexicon reward.parts.lexicon.words={happy:1.0,fun:1.0} prompts.tokens=8"
 CASES: dict[str, dict[str, Any]] = {
     "lm": {"words": "train-lm model.world.documents=4000 model.world.steps={}", "long": 100, "short": 30},
@@ -61,6 +62,42 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "nano full": {
         "words": f"rlhf {NANO} {SHORT} {REWARD} algo.max_new_tokens=48 algo.phases={{}}", "long": 8, "short": 2,
+    },
+    "sft full": {
+        "words": f"rlhf algo=sft {SHORT} {FEW} algo.phases={{}}", "long": 12, "short": 2, "length": 24,
+    },
+    "dpo sparse_coeffs": {
+        "words": f"rlhf --sparse-coeffs adapter.saes={a.saes} algo=dpo {SHORT} {FEW} algo.pairs.count=512"
+        " algo.phases={}",
+        "long": 12,
+        "short": 2,
+        "length": 24,
+    },
+    "rwr sparse_coeffs": {
+        "words": f"rlhf --sparse-coeffs adapter.saes={a.saes} algo=rwr {SHORT} {FEW} algo.draws=1024 algo.phases={{}}",
+        "long": 12,
+        "short": 2,
+        "length": 24,
+    },
+    "eval-sae, controls": {
+        "words": f"eval-sae saes={a.saes} data.max_documents=4000 controls=true control_tokens=40000 probe_tokens=4000"
+        " eval_tokens={}",
+        "long": 12000,
+        "short": 4000,
+    },
+    "nano sft sparse_coeffs": {
+        "words": f"rlhf --sparse-coeffs adapter.saes={a.nano_saes} {NANO} {SHORT} {REWARD} algo=sft"
+        " algo.max_new_tokens=48 algo.phases={}",
+        "long": 8,
+        "short": 2,
+    },
+    "nano rwr full": {
+        "words": f"rlhf {NANO} {SHORT} {REWARD} algo=rwr algo.draws=512 algo.max_new_tokens=48 algo.phases={{}}",
+        "long": 12,
+        "short": 2,
+    },
+    "nano eval-sae, wide": {
+        "words": f"eval-sae saes={a.nano_saes} eval_tokens={{}}", "long": 40000, "short": 10000,
     },
 }  # fmt: skip
 """`length`: tokens of a completion, known from earlier runs; elsewhere none ends early."""
@@ -159,17 +196,19 @@ def ratios(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table() -> None:
-    """All rounds of all cases as the card's results."""
+    """All rounds of all cases as the card's results; cases that are not in the folder stay as they are."""
     lines, later = lines_of("measured.jsonl"), {line["case"]: line["planned"] for line in lines_of("replanned.jsonl")}
     for line in lines:
         for which in ("short", "long"):
             line[which]["planned"] = later.get(line["case"], {}).get(which) or line[which]["planned"]
             line[which]["planned"].pop("pieces", None)
             line["planned"] = "later" if line["case"] in later else "at once"
-    names = list(dict.fromkeys(line["case"] for line in lines))
-    runs = [ratios(name, [line for line in lines if line["case"] == name]) for name in names]
     file = Path(__file__).with_name("results.json")
     record = json.loads(file.read_text()) if file.is_file() else {}
+    new = {line["case"] for line in lines}
+    lines = [line for line in record.get("rounds", []) if line["case"] not in new] + lines
+    names = list(dict.fromkeys(line["case"] for line in lines))
+    runs = [ratios(name, [line for line in lines if line["case"] == name]) for name in names]
     file.write_text(json.dumps(record | {"runs": runs, "rounds": lines}, indent=1) + "\n")
     for run in runs:
         print(run["name"], *(f"{key} {run[key]:.2f}" for key in run if key.endswith("ratio")), sep="  ")

@@ -34,9 +34,9 @@ class StageConfig:
     gpus: int = 0
     """GPUs of a run."""
     seconds: float | None = None
-    """Expected time of a run, s, as measured for the card."""
-    memory_gb: float = 1.0
-    """Expected peak memory of a run, GB."""
+    """Expected time of a run, s, as measured for the card; when empty, a dry run shows what `saerl plan` says."""
+    memory_gb: float | None = None
+    """Expected peak memory of a run, GB; 1 is asked for when empty."""
 
 
 @dataclass

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from saerl_cli.plan import evaluation, language, policy, sae
+from saerl_cli.plan import eval_sae, evaluation, language, rlhf, sae
 from saerl_cli.plan.compose import composed
 from saerl_cli.plan.machine import Machine, as_record, published, threads_of
 from saerl_cli.plan.work import Estimate, Phase, Piece, Work
 
-PLANNED = ("train-lm", "train-sae", "train-reward", "rlhf", "evaluate")
+PLANNED = ("train-lm", "train-sae", "train-reward", "rlhf", "evaluate", "eval-sae")
 """Commands that can be planned."""
 HERE = "here"
 ELSEWHERE = "a100-80gb"
 """What GPUs are taken to be where a job asks for several and none is here."""
+ON_HOST = ("text", "examples")
+"""What is held throughout, but never on a GPU."""
 BUDGET_S = 55.0
 """Seconds after which no further piece is timed."""
 
@@ -60,8 +62,9 @@ def estimate(command: str, config: Any, sae_words: list[str], length: float | No
         "train-lm": lambda: language.train_lm(config),
         "train-sae": lambda: sae.estimate(config),
         "train-reward": lambda: language.train_reward(config),
-        "rlhf": lambda: policy.estimate(config, sae_words, length),
+        "rlhf": lambda: rlhf.estimate(config, sae_words, length),
         "evaluate": lambda: evaluation.estimate(config, length),
+        "eval-sae": lambda: eval_sae.estimate(config, sae_words),
     }
     return counts[command]()
 
@@ -99,7 +102,7 @@ def described(found: Estimate, machine: Machine) -> dict[str, Any]:
     libraries = resident(found, machine) if machine.on_cpu else 0.0
     stays = {"libraries": libraries, **found.stays}
     if not machine.on_cpu:
-        stays.pop("text", None)  # not on the GPU
+        stays = {name: size for name, size in stays.items() if name not in ON_HOST}
     stays = {name: round(size) for name, size in stays.items() if size}
     total = sum(stays.values())
     phases = [described_phase(phase, machine, total) for phase in found.phases]
@@ -129,7 +132,8 @@ def described(found: Estimate, machine: Machine) -> dict[str, Any]:
 def described_phase(phase: Phase, machine: Machine, stays: float) -> dict[str, Any]:
     """One phase: bytes and operations of one process, seconds at full speed."""
     counts = machine.on_cpu or not phase.on_host
-    holds = {name: round(size) for name, size in phase.holds.items() if size and counts}
+    held = phase.holds | (phase.on_cpu if machine.on_cpu else phase.on_gpu)
+    holds = {name: round(size) for name, size in held.items() if size and counts}
     spent = machine.total(phase.work) / machine.threads if machine.on_cpu else machine.total(phase.work)
     return {
         "name": phase.name,

@@ -7,14 +7,16 @@ from typing import Any
 
 from saerl_cli.config.adapter import AdapterConfig
 from saerl_cli.config.groups import ModelConfig
-from saerl_cli.config.sae import Architecture
+from saerl_cli.config.sae import Architecture, SaeConfig
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.compose import composed
-from saerl_cli.plan.sae import LIKELY_L0, active
-from saerl_cli.plan.work import Piece, splice
+from saerl_cli.plan.work import Piece, dictionary, splice
 from saerl_cli.run.files import read_json
 from saerl_cli.sae.files import find_saes, read_sae_config
-from saerl_cli.sae.sweep import plan
+from saerl_cli.sae.sweep import Planned, plan
+
+LIKELY_L0 = 64
+"""Active features a token that are assumed where settings do not say."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Dictionary:
         """Its splice (`saerl_cli.plan.work.splice`)."""
         return splice(self.d_in, self.d_sae, self.k, self.topk, tokens, how)
 
+    def measured(self, tokens: float, how: str) -> Piece:
+        """It alone (`saerl_cli.plan.work.dictionary`)."""
+        return dictionary(self.d_in, self.d_sae, self.k, self.topk, tokens, how)
+
 
 def dictionaries(
     adapter: AdapterConfig, model: ModelConfig, description: Any, words: Sequence[str]
 ) -> tuple[list[Dictionary], list[str]]:
-    """The SAEs that an adapter names, and what was assumed.
+    """The SAEs that an adapter names, from the lowest site up, and what was assumed.
 
     Those of a folder are read from it; of a folder that is not there yet they are what `saerl train-sae WORDS` on the
     same model makes.
@@ -58,7 +64,8 @@ def dictionaries(
     """
     if adapter.saes is None:  # random directions
         sites = resolve_sites(adapter.sites or [], description)
-        return [Dictionary(s.name, s.layer, s.width, adapter.d_sae or 0, adapter.k or 0, True) for s in sites], []
+        random = [Dictionary(s.name, s.layer, s.width, adapter.d_sae or 0, adapter.k or 0, True) for s in sites]
+        return sorted_by_layer(random), []
     if Path(adapter.saes).is_dir():
         return sorted_by_layer([found(name, path, description) for name, path in of_folder(adapter).items()]), []
     config = composed("train_sae", words)
@@ -67,16 +74,27 @@ def dictionaries(
     for planned in plan(config, description):
         if adapter.sites and planned.site.name not in adapter.sites:
             continue
-        settings, width = planned.config, planned.site.width
-        d_sae = settings.width(width)
-        topk = settings.architecture is Architecture.topk
-        k = round(active(settings, d_sae))
-        made.append(Dictionary(planned.site.name, planned.site.layer, width, d_sae, k, topk))
+        made.append(dictionary_of(planned))
     kept = list({one.site: one for one in made}.values())  # of a sweep one a site
     if not kept:
         raise ValueError(f"saerl train-sae {' '.join(words)} makes no SAE of adapter.sites; give its words in --sae")
     what = f"saerl train-sae {' '.join(words)}".strip()
     return sorted_by_layer(kept), [f"{adapter.saes} is not there yet: taken to hold what `{what}` makes"]
+
+
+def dictionary_of(planned: Planned) -> Dictionary:
+    """An SAE that a run will train."""
+    site, settings = planned.site, planned.config
+    d_sae = settings.width(site.width)
+    topk = settings.architecture is Architecture.topk
+    return Dictionary(site.name, site.layer, site.width, d_sae, round(active(settings, d_sae)), topk)
+
+
+def active(config: SaeConfig, d_sae: int) -> float:
+    """Active features a token."""
+    if config.architecture in (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka):
+        return config.k
+    return min(d_sae, config.target_l0 or LIKELY_L0)
 
 
 def of_folder(adapter: AdapterConfig) -> dict[str, Path]:

@@ -1,49 +1,38 @@
-"""`saerl rlhf` and `saerl evaluate` before they run."""
+"""A policy before it is trained: its sizes, and what sampling from it and measuring it take."""
 
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from saerl_cli.activations import row_length
 from saerl_cli.config.adapter import COEFFICIENTS, SITES, AdapterKind, Splice
-from saerl_cli.config.algo import HELD as LOGITS
 from saerl_cli.config.algo import AlgoKind, Critic
 from saerl_cli.config.groups import ModelConfig, ModelKind, Precision
 from saerl_cli.config.reward import RewardKind
 from saerl_cli.config.rlhf import EvaluationConfig, PromptKind, RlhfConfig
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.dictionaries import Dictionary, dictionaries
-from saerl_cli.plan.launches import Sharing, sharing
+from saerl_cli.plan.launches import Sharing
 from saerl_cli.plan.shapes import Shape, from_description, pythia, shape_of
-from saerl_cli.plan.text import PROMPT_BYTES, reading
 from saerl_cli.plan.work import (
     HELD,
     SAVED,
     SIZE,
-    Estimate,
     Phase,
     Work,
-    adam,
     copied,
     decode,
     forward,
     logits,
-    score,
     small,
-    start,
 )
 
-EXACT_ROWS = 16
-"""Completions of a phase whose exact KL is computed (`saerl_cli.rl.trainers.rollouts`)."""
 FILE_PROMPT = 128
 """Tokens of a prompt from a file."""
-KEPT = 3
-"""Vectors of the frozen part that a rollout keeps for each token."""
 TRAINER_STEP, PHASE = 3000, 8000
 """Small operations that an optimiser step, and a phase, cost in transformers' and TRL's trainers beside the model
 (measured, experiments/014-plan)."""
-LABEL_ROWS = 64
-"""Held-out rows by which the most moved features are named (`saerl_cli.rl.summary`), encoded all at once."""
 LOOK = 4000
 """The same for a look at the policy."""
 DISTRIBUTIONS = 6
@@ -128,26 +117,25 @@ class Policy:
         return trunk + self.shape.width + 1
 
     @property
+    def sited(self) -> bool:
+        """Whether all that is trained lies at sites, so that gradients end at the lowest."""
+        return bool(self.saes) or self.adapter.kind in SITES
+
+    @property
     def lowest(self) -> int:
         """Layers below everything that is trained; 0 where nothing can be kept."""
-        kind = self.adapter.kind
-        if not self.algo.prefix_cache or kind in (
-            AdapterKind.full,
-            AdapterKind.lora,
-            AdapterKind.ia3,
-            AdapterKind.bias_only,
-        ):
+        if not self.algo.prefix_cache or not self.sited:
             return 0
-        sites = [sae.layer for sae in self.saes] if kind in COEFFICIENTS else [site.layer for site in self.sites()]
+        sites = [sae.layer for sae in self.saes] or [site.layer for site in self.sites()]
         return min((0 if layer is None else layer) for layer in sites) if sites else 0
 
     @property
-    def above(self) -> float:
-        """Layers that are computed again in every pass: those above the lowest site, of its own layer nothing."""
-        layer = self.lowest
-        if self.algo.prefix_cache and self.saes:
-            return self.shape.layers - layer - 1
-        return self.shape.layers - layer
+    def above(self) -> int:
+        """Layers that gradients go through: those above the lowest site, of its own layer nothing.
+
+        They are what every pass over a rollout computes again.
+        """
+        return self.shape.layers - self.lowest - (1 if self.algo.prefix_cache and self.sited else 0)
 
     @property
     def grad(self) -> str:
@@ -199,42 +187,22 @@ def drawn(policy: Policy, evaluation: EvaluationConfig, samples: int, reference:
     return [*work, small(LOOK)]
 
 
-def scored(policy: Policy) -> Work:
-    """The two scoring passes of a phase, and the exact KL of some completions."""
-    shape, dtype = policy.shape, policy.computes
-    batches = policy.rows / policy.micro
-    tokens = policy.micro * policy.written
-    first: Work = [(1, forward(shape, shape.layers, policy.micro, policy.seq, dtype))]
-    first += [(1, sae.piece(policy.micro * policy.seq, "encode")) for sae in policy.saes]
-    again: Work = [(1, forward(shape, policy.above, policy.micro, policy.seq, dtype))]
-    head: Work = [(2, score(shape, tokens, dtype, "none"))]
-    rows = policy.rows if policy.algo.kl_target else min(EXACT_ROWS, policy.rows)
-    exact = distributions(policy, rows, policy.above, "encode") + distributions(policy, rows, policy.above, None)
-    work = [(batches * n, w) for n, w in [*first, *again, *head]]
-    if policy.critic > shape.width + 1:  # a model of its own
-        work.append((batches, forward(shape, shape.layers, policy.micro, policy.seq, dtype)))
-    return [*work, *exact, small(PHASE)]
+@dataclass
+class Learning:
+    """What an algorithm does and holds in training."""
 
-
-def updated(policy: Policy) -> Work:
-    """An optimiser step: its micro-batches, the gradient's norm, Adam."""
-    shape, dtype, algo = policy.shape, policy.computes, policy.algo
-    batches = policy.config.rows_of_a_step / policy.micro
-    tokens = policy.micro * policy.seq
-    grad = policy.grad
-    work: Work = [(1, forward(shape, policy.above, policy.micro, policy.seq, dtype, grad))]
-    if algo.activation_checkpointing:
-        work.append((1, forward(shape, policy.above, policy.micro, policy.seq, dtype)))
-    work.append((1, score(shape, policy.micro * policy.written, dtype, grad)))
-    first = True
-    for sae in sorted(policy.saes, key=lambda one: one.layer or 0):
-        known = first and policy.algo.prefix_cache
-        work.append((1, sae.piece(tokens, "known" if known else "back")))
-        first = False
-    if policy.critic > shape.width + 1:
-        work.append((1, forward(shape, shape.layers, policy.micro, policy.seq, dtype, "weights")))
-    numbers = policy.trained + policy.critic
-    return [*((batches * n, w) for n, w in work), (1, adam(numbers)), small(TRAINER_STEP + 3000 * (batches - 1))]
+    phases: list[Phase]
+    """Training itself."""
+    before: list[Phase] = field(default_factory=list)
+    """What comes before the first look at the policy."""
+    after: list[Phase] = field(default_factory=list)
+    """What is measured beside at the end."""
+    reading: Work = field(default_factory=list)
+    """Reading what is learned from."""
+    read: dict[str, float] = field(default_factory=dict)
+    """Bytes held while it is read."""
+    stays: dict[str, float] = field(default_factory=dict)
+    """Bytes that it is held in."""
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -259,25 +227,15 @@ def held(policy: Policy, shared: Sharing) -> dict[str, float]:
     return stays
 
 
-def rollout_bytes(policy: Policy) -> float:
-    """What is kept of the frozen part, from the first scoring pass to the end of the phase."""
-    if not policy.algo.prefix_cache or not policy.lowest and not policy.saes:
-        return 0.0
-    vectors = KEPT * policy.shape.width * SIZE[policy.computes]
-    codes = sum(8 * sae.k for sae in policy.saes if sae.layer == policy.lowest)
-    return 2.0 * policy.rows * policy.seq * (vectors + codes)  # in TRL's buffer, and shuffled
-
-
-def updating_bytes(policy: Policy) -> dict[str, float]:
-    """What a micro-batch keeps for the backward pass."""
-    shape, tokens, size = policy.shape, policy.micro * policy.seq, SIZE[policy.computes]
+def activation_bytes(policy: Policy, tokens: float) -> dict[str, float]:
+    """What the tokens of a micro-batch keep for the backward pass, and the weights that autocast makes."""
+    shape, size = policy.shape, SIZE[policy.computes]
     saved = SAVED[policy.grad] * shape.width * size
     layers = policy.above
     kept = (shape.width * size * layers + saved) if policy.algo.activation_checkpointing else saved * layers
     spliced = sum(sae.step_bytes for sae in policy.saes)
-    tile = min(policy.micro * policy.written * shape.vocabulary, max(16 * shape.vocabulary, LOGITS))
     low = 2.0 * policy.trained if policy.full and policy.computes != policy.dtype else 0.0
-    return {"activations": tokens * (kept + spliced), "logits": 4 * 4 * tile, "weights for autocast": low}
+    return {"activations": tokens * (kept + spliced), "weights for autocast": low}
 
 
 def measuring_bytes(policy: Policy, evaluation: EvaluationConfig) -> dict[str, float]:
@@ -327,74 +285,6 @@ def measured_phases(policy: Policy) -> tuple[Work, Phase, dict[str, float]]:
     return both, loss, holds
 
 
-def estimate(config: RlhfConfig, sae_words: list[str], length: float | None) -> Estimate:
-    """Sizes and work of RLHF.
-
-    Args:
-        config: its settings.
-        sae_words: of the `saerl train-sae` that makes the SAEs which are not there yet.
-        length: tokens of a completion on average.
-
-    Raises:
-        ValueError: sft and dpo, which are not counted.
-    """
-    algo, evaluation = config.algo, config.evaluation
-    if not algo.samples:
-        raise ValueError(f"saerl plan counts algo=ppo, grpo and rloo, not algo={algo.kind.value}")
-    policy = Policy(config, sae_words, length)
-    shape, shared = policy.shape, sharing(config.launch)
-    text, text_bytes, notes = reading(config.data, config.model, PROMPT_BYTES)
-    rewards = reward_models(policy)
-    stays = held(policy, shared) | {"reward models": sum(size for _, size in rewards), "text": text_bytes}
-    grading: Work = [part for work, _ in rewards for part in work]
-    both, loss, measured = measured_phases(policy)
-    named = LABEL_ROWS * row_length(config.data, shape.context)  # tokens that name the most moved features
-    labels: Work = [(1, sae.piece(named, "encode")) for sae in policy.saes]
-    dense = 3 * 4.0 * named * max((sae.d_sae for sae in policy.saes), default=0)
-    looks = 2 + (algo.phases - 1) // evaluation.every if evaluation.every else 2
-    recorded = {"kept of rollouts": rollout_bytes(policy)}
-    tile = {"logits": 4.0 * 4 * min(LOGITS, policy.micro * policy.new * shape.vocabulary)}
-    gathered = {"a gathered layer": shape.block * SIZE[policy.dtype]} if shared.weights > 1 else {}
-    seen = min(evaluation.samples, 256)
-    numbers = {
-        "language model": shape.parameters,
-        "SAEs": sum(sae.parameters for sae in policy.saes),
-        "trained": policy.trained,
-        "critic": policy.critic,
-    }
-    phases = [
-        Phase("start and text", 1, [(1, start("rl")), (1, start("command")), *text, small(TRAINER_STEP)]),
-        Phase(
-            "first look", 1,
-            [*drawn(policy, evaluation, seen, reference=True), *scaled(grading, seen / policy.rows)],
-            generation_bytes(policy, min(evaluation.batch_size, seen)),
-        ),
-        Phase(
-            "generation", algo.phases, [*generating(policy, policy.rows, policy.new, policy.written), *grading],
-            generation_bytes(policy, policy.rows) | gathered,
-        ),
-        Phase(
-            "scoring", algo.phases, scored(policy),
-            recorded | tile | {"forward pass": forward_bytes(policy, policy.micro)} | gathered,
-        ),
-        Phase(
-            "updates", algo.phases * algo.steps_per_phase, updated(policy),
-            recorded | updating_bytes(policy) | gathered,
-        ),
-        Phase("looks", looks, drawn(policy, evaluation, evaluation.tracked), measured),
-        Phase("measurement", 1, [*both, *behaviour(policy)], measured),
-        loss,
-        *([Phase("naming features", 1, labels, {"features": dense}, on_host=True)] if policy.saes else []),
-    ]  # fmt: skip
-    each = 4.0 * (shape.parameters if policy.full else policy.trained)
-    disk = {
-        "policy": each,
-        "snapshots": each * snapshots(config),
-        "checkpoint": 12.0 * (policy.trained + policy.critic),
-    }
-    return Estimate("rlhf", policy.processes, policy.computes, numbers, stays, phases, disk, policy.notes + notes)
-
-
 def behaviour(policy: Policy) -> Work:
     """The KL of constant completions: 32 finalists and 3 graded ones on 16 prompts (`rl/measuring/baselines.py`)."""
     rows = min(16, policy.config.evaluation.samples)
@@ -404,12 +294,6 @@ def behaviour(policy: Policy) -> Work:
         small(200),
     ]
     return [(36 * n, w) for n, w in one]
-
-
-def snapshots(config: RlhfConfig) -> int:
-    """Policies kept along the way."""
-    usual = 0 if config.adapter.kind is AdapterKind.full else 8
-    return min(config.algo.phases - 1, usual if config.snapshots is None else config.snapshots)
 
 
 def reward_models(policy: Policy) -> list[tuple[Work, float]]:

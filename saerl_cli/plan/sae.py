@@ -5,10 +5,12 @@ from math import ceil
 from typing import Any
 
 from saerl_cli.activations import row_length
-from saerl_cli.activations.forward import FORWARD_TOKENS, rows_at_once
+from saerl_cli.activations.forward import rows_at_once
 from saerl_cli.config.groups import DataKind, Precision
 from saerl_cli.config.sae import L1_FAMILY, Architecture, EncoderDtype, Optimizer, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.plan import metrics
+from saerl_cli.plan.dictionaries import active, dictionary_of
 from saerl_cli.plan.shapes import Shape, shape_of
 from saerl_cli.plan.text import REVIEW_BYTES, reading
 from saerl_cli.plan.work import (
@@ -20,20 +22,16 @@ from saerl_cli.plan.work import (
     Work,
     copied,
     forward,
-    logits,
     piece,
     small,
     start,
 )
-from saerl_cli.sae.metrics import LOGITS_AT_ONCE
 from saerl_cli.sae.sweep import Planned, plan
 
 DENSE = 4.5
 """Matrices [batch, d_sae] that a step holds beside the pre-activations where many features fire."""
 ROWS = 6
 """Matrices [batch, d_in] that a step holds."""
-LIKELY_L0 = 64
-"""Active features a token that are assumed where settings do not say."""
 
 
 def estimate(config: TrainSaeConfig) -> Estimate:
@@ -59,13 +57,7 @@ def estimate(config: TrainSaeConfig) -> Estimate:
         "text": text_bytes,
     }
     layers = 1 + max((shape.layers - 1 if site.layer is None else site.layer) for site in sites.values())
-    rows = rows_at_once(length)
-    fill: Work = [
-        (capacity / (rows * length), forward(shape, layers, rows, length, dtype)),
-        copied(4 * capacity * width * size),
-        small(200),
-    ]
-    read = {"forward pass": rows * length * size * (HELD * shape.width + width)}
+    fill, read = filling(shape, layers, length, capacity, width, dtype, size)
     step = [work for p in plans for work in step_work(p, batch, width, steps)]
     phases = [
         Phase("start and text", 1, [(1, start("sae")), (1, start("command")), *text]),
@@ -76,6 +68,29 @@ def estimate(config: TrainSaeConfig) -> Estimate:
     disk = {"SAEs": 4.0 * numbers, "checkpoint": 4.0 * (numbers + kept)}
     counted = {"language model": shape.parameters, "SAEs": numbers, "trained": numbers}
     return Estimate("train-sae", processes, dtype, counted, stays, phases, disk, notes)
+
+
+def filling(
+    shape: Shape, layers: int, length: int, capacity: float, width: int, dtype: str, size: int
+) -> tuple[Work, dict[str, float]]:
+    """A shuffle buffer: work, and bytes beside it.
+
+    Args:
+        shape: the language model.
+        layers: up to the highest site.
+        length: tokens a row.
+        capacity: tokens of the buffer.
+        width: of all sites.
+        dtype: what the model computes in.
+        size: bytes of a number of an activation.
+    """
+    rows = rows_at_once(length)
+    work: Work = [
+        (capacity / (rows * length), forward(shape, layers, rows, length, dtype)),
+        copied(4 * capacity * width * size),
+        small(200),
+    ]
+    return work, {"forward pass": rows * length * size * (HELD * shape.width + width)}
 
 
 def computing(config: TrainSaeConfig) -> str:
@@ -99,13 +114,6 @@ def states(config: SaeConfig) -> int:
 def encoder_size(config: SaeConfig) -> int:
     """Bytes of a pre-activation."""
     return 2 if config.encoder_dtype is EncoderDtype.bfloat16 else 4
-
-
-def active(config: SaeConfig, d_sae: int) -> float:
-    """Active features a token."""
-    if config.architecture in (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka):
-        return config.k
-    return min(d_sae, config.target_l0 or LIKELY_L0)
 
 
 def step_work(p: Planned, batch: float, width: int, steps: int) -> Work:
@@ -142,29 +150,20 @@ def step_bytes(plans: list[Planned], batch: float, width: int) -> dict[str, floa
 
 
 def evaluation(config: TrainSaeConfig, shape: Shape, plans: list[Planned], dtype: str) -> Phase:
-    """The metrics on held-out text: reconstruction, and the loss with each site replaced."""
+    """The metrics on held-out text and, of the embedded language, which features tell its attributes."""
     length = row_length(config.data, shape.context)
     tokens = config.eval_tokens / config.launch.num_processes
-    rows = max(1, min(FORWARD_TOKENS, LOGITS_AT_ONCE // shape.vocabulary) // length)
-    whole = forward(shape, shape.layers, rows, length, dtype)
-    targets = len({(p.target or p.site).name for p in plans})
-    passes = tokens / (rows * length) * (1 + 2 * targets + len(plans))
-    sizes = [(p.site.width, p.config.width(p.site.width)) for p in plans]
-    products = sum(d_in * d_sae for d_in, d_sae in sizes)
-    every, widest = sum(d_sae for _, d_sae in sizes), max(d_sae for _, d_sae in sizes)
-    encoded = piece("encode", 12 * tokens * products, 40 * tokens * every, 200)
-    work: Work = [
-        (passes, whole),
-        (passes, logits(shape, rows * length, dtype)),
-        (tokens / (rows * length), whole),
-        (1, encoded),
-    ]
-    heads = 6.0 * 4 * rows * length * shape.vocabulary
+    saes = [dictionary_of(p) for p in plans]
+    read = metrics.Reading(shape, saes, len({(p.target or p.site).name for p in plans}), tokens, length, dtype)
+    work, holds = metrics.metrics(read), metrics.held(read)
     if config.data.kind is not DataKind.planted:
-        return Phase("evaluation", 1, work, {"logits": heads, "features": 3.0 * 4 * FORWARD_TOKENS * widest})
+        return Phase("evaluation", 1, work, holds)
     # Attributes: activations of every SAE on all tokens at once, and two copies of one's; the logits are gone by then.
+    every, widest = sum(sae.d_sae for sae in saes), max(sae.d_sae for sae in saes)
     labelled = 4.0 * config.eval_tokens * (every + 2 * widest)
     reviews = max(200, config.model.world.documents // 10) / 1000
-    work += [(1, encoded), (reviews, piece("reviews", 0, 0, 15_000)), (0.5 * passes, whole)]
-    holds = {"labelled features": labelled} if labelled > heads else {"logits": heads}
-    return Phase("evaluation", 1, work, holds)
+    chunk = read.chunk * length
+    work += [(tokens / chunk, forward(shape, read.layers, read.chunk, length, dtype))]
+    work += [(tokens / chunk, sae.measured(chunk, "encode")) for sae in saes]
+    work += [(reviews, piece("reviews", 0, 0, 15_000))]
+    return Phase("evaluation", 1, work, {"labelled features": labelled} if labelled > sum(holds.values()) else holds)

@@ -17,6 +17,10 @@ of norms, queries, keys, values, the attention's output and the hidden units; el
 HELD = 13.0
 """Numbers that a block holds at once in a forward pass without gradients, a token and in widths."""
 MATRICES = {"none": 1, "inputs": 2, "weights": 3}
+FUSED_TOKENS, FUSED_COLUMNS = 4096, 32_768
+"""Tokens and vocabulary entries of a tile of TRL's head (`trl.kernels.chunked_logprob`)."""
+FUSED_COPIES = {"none": 4.0, "inputs": 8.25, "weights": 8.25}
+"""Such tiles that it holds at once on a CPU, temporaries counted; a GPU's kernel works on one in place."""
 ATTENTION = {"none": 1, "inputs": 3, "weights": 3}
 
 
@@ -65,6 +69,10 @@ class Phase:
     """Bytes beyond those that stay, by what they are."""
     on_host: bool = False
     """They lie in the machine's memory even where the model is on a GPU."""
+    on_cpu: dict[str, float] = field(default_factory=dict)
+    """Bytes beside these where a CPU computes."""
+    on_gpu: dict[str, float] = field(default_factory=dict)
+    """And where a GPU does."""
 
     @property
     def flops(self) -> float:
@@ -137,6 +145,34 @@ def score(shape: Shape, tokens: float, dtype: str, grad: str) -> Piece:
     )  # fmt: skip
 
 
+def fused(shape: Shape, tokens: float, dtype: str, grad: str, outputs: str) -> Piece:
+    """What TRL's head does in the place of `score` where weights are trained, and in sft and dpo whatever is trained.
+
+    On a CPU it scores every position and computes the logits again on the way back.
+
+    Args:
+        shape: the model.
+        tokens: positions.
+        dtype: of the products.
+        grad: how far gradients go.
+        outputs: what it is asked for beside log-probabilities, with commas between.
+    """
+    times = {"none": 1, "inputs": 3, "weights": 4}[grad]
+    numbers = tokens * shape.vocabulary
+    sizes = {"width": shape.width, "vocabulary": shape.vocabulary, "tokens": max(1, round(tokens)), "grad": grad}
+    return piece(
+        "fused", 2 * times * numbers * shape.width, SIZE[dtype] * shape.embedding + 40 * times * numbers,
+        30 * times, **sizes, outputs=outputs, dtype=dtype,
+    )  # fmt: skip
+
+
+def fused_bytes(shape: Shape, tokens: float, dtype: str, grad: str) -> tuple[float, float]:
+    """What TRL's head holds on a CPU, and on a GPU, where the tile is as wide as it may be; bytes."""
+    rows = min(tokens, FUSED_TOKENS)
+    touched = rows * min(shape.vocabulary, FUSED_COLUMNS)
+    return (SIZE[dtype] + 4 * (FUSED_COPIES[grad] - 1)) * touched, 1.0 * SIZE[dtype] * rows * FUSED_COLUMNS
+
+
 def logits(shape: Shape, tokens: float, dtype: str) -> Piece:
     """Whole distributions, [tokens, vocabulary]."""
     numbers = tokens * shape.vocabulary
@@ -156,14 +192,33 @@ def splice(d_in: int, d_sae: int, k: int, topk: bool, tokens: float, how: str) -
         k: active ones a token, about.
         topk: how they are chosen.
         tokens: how many.
-        how: `encode`: forward; `known`: with its codes, and back to the coefficients; `back`: encoded, and back to the
-            coefficients and to what is encoded.
+        how: `encode`: forward; `known`: with its codes, and back to the coefficients; `first`: encoded, and back to
+            the coefficients; `back`: and to what is encoded.
     """
-    few = 2 * k * d_in
-    flops = {"encode": 2 * d_in * d_sae + few, "known": 3 * few, "back": 2 * d_in * d_sae + 4 * few}[how]
+    few, all_of_them = 2 * k * d_in, 2 * d_in * d_sae
+    flops = {
+        "encode": all_of_them + few, "known": 3 * few, "first": all_of_them + 3 * few, "back": all_of_them + 4 * few,
+    }[how]  # fmt: skip
     moved = 4 * (2 * d_in * d_sae + tokens * (3 * d_sae + 4 * k * d_in))
     sizes = {"d_in": d_in, "d_sae": d_sae, "k": k, "topk": topk, "tokens": max(1, round(tokens)), "how": how}
     return piece("splice", tokens * flops, moved, 20, **sizes)
+
+
+def dictionary(d_in: int, d_sae: int, k: int, topk: bool, tokens: float, how: str) -> Piece:
+    """An SAE by itself on [tokens, d_in], dense.
+
+    Args:
+        d_in: width of the site.
+        d_sae: features.
+        k: active ones a token, about.
+        topk: how they are chosen.
+        tokens: how many.
+        how: `encode`; `forward`: and decode; `values`: and compare with what went in (`saerl_cli.sae.metrics`).
+    """
+    flops = tokens * 2 * d_in * d_sae * (1 if how == "encode" else 2)
+    moved = 4 * (2 * d_in * d_sae + tokens * 4 * d_sae + tokens * (40 if how == "values" else 3) * d_in)
+    sizes = {"d_in": d_in, "d_sae": d_sae, "k": k, "topk": topk, "tokens": max(1, round(tokens)), "how": how}
+    return piece("dictionary", flops, moved, 40, **sizes)
 
 
 def adam(numbers: float) -> Piece:

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from saerl_cli.config.pipeline import PipelineConfig, load_pipeline
 from saerl_cli.reproduce import engine, verdict
-from saerl_cli.reproduce.plan import Task, cost_of, expected_seconds, known_pipelines, memory_gb, tasks_of
+from saerl_cli.reproduce.expected import costs_of
+from saerl_cli.reproduce.plan import Cost, Task, expected_seconds, known_pipelines, memory_gb, tasks_of
 from saerl_cli.run import lock
 from saerl_cli.run.directory import git_state, shown, versions
 from saerl_cli.run.files import write_json
@@ -244,22 +245,26 @@ def refuse_choice(option: str, value: str, choices: Sequence[str]) -> None:
 def show_plan(pipeline: PipelineConfig, tasks: list[Task], jobs: int, small: bool) -> None:
     """Print stages, commands, expected time and memory."""
     print(f"{pipeline.name}: {pipeline.question}")
+    costs = costs_of(tasks, small)
     for task in tasks:
-        print(f"\n# {task.name}: {line_of(task, small)}\n{short(task)}")
+        print(f"\n# {task.name}: {line_of(task, costs[task.name], small)}\n{short(task)}")
     todo = [task for task in tasks if not task.done.is_file()]
-    total = expected_seconds(todo, jobs, small)
-    time = "minutes" if small else "an unknown time" if total is None else f"about {duration(total)} on two CPU cores"
-    print(f"\n{len(todo)} of {len(tasks)} stages to run, {jobs} cores: {time}, up to {memory_gb(todo, jobs):.1f} GB")
+    total = expected_seconds(todo, jobs, costs)
+    plans = any(costs[task.name].planned_for for task in todo)
+    where = ", partly as `saerl plan` says" if plans else " on two CPU cores"
+    time = "minutes" if small else "an unknown time" if total is None else f"about {duration(total)}{where}"
+    memory = memory_gb((costs[task.name] for task in todo), jobs)
+    print(f"\n{len(todo)} of {len(tasks)} stages to run, {jobs} cores: {time}, up to {memory:.1f} GB")
 
 
-def line_of(task: Task, small: bool) -> str:
+def line_of(task: Task, cost: Cost, small: bool) -> str:
     """What a task waits for and costs."""
     if task.done.is_file():
         return "finished"
-    cost = cost_of(task, small)
     time = "seconds" if small else "unknown time" if cost.seconds is None else f"{cost.seconds:.0f} s"
+    plan = f" (planned for {cost.planned_for})" if cost.planned_for else ""
     after = f", after {', '.join(task.needs)}" if task.needs else ""
-    return f"{time}, {counted(task.config.threads, 'thread')}, {cost.memory_gb:g} GB{after}"
+    return f"{time}{plan}, {counted(task.config.threads, 'thread')}, {cost.memory_gb:.3g} GB{after}"
 
 
 def counted(count: int, what: str) -> str:

@@ -61,7 +61,7 @@ def plan_of(tasks: list[Task], out: Path, facts: dict[str, Any]) -> dict[str, An
             "log": str(log_of(task, out)),
             "threads": task.config.threads,
             "gpus": task.config.gpus,
-            "mem_mb": round(task.config.memory_gb * 1000),
+            "mem_mb": round(cost_of(task).memory_gb * 1000),
             "runtime": time_limit(task),
         }
         for task in tasks

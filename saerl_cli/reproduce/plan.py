@@ -16,6 +16,8 @@ from saerl_cli.run.jobs import JOBS
 
 DONE = ".done"
 """Left in a run's directory when its command has ended well."""
+USUAL_GB = 1.0
+"""Peak memory of a run where nothing is stated."""
 REFERENCE = re.compile(r"\$\{([^}:]+)(?::([^}]*))?\}")
 SAFE = re.compile(r"[\w/.+@%-]+")
 """Paths that Hydra's grammar takes without quotes."""
@@ -72,6 +74,8 @@ class Cost:
 
     seconds: float | None
     memory_gb: float
+    planned_for: str = ""
+    """The device of a plan; empty where time and memory were measured for the card."""
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -233,13 +237,19 @@ def in_order(tasks: Mapping[str, Task]) -> list[Task]:
 
 
 def cost_of(task: Task, small: bool = False) -> Cost:
-    """Expected time and memory of a task: what its pipeline states from the card. An estimate would come in here."""
-    return Cost(None if small else task.config.seconds, task.config.memory_gb)
+    """Time and memory of a task as its pipeline states them, from the card."""
+    return Cost(None if small else task.config.seconds, task.config.memory_gb or USUAL_GB)
 
 
-def expected_seconds(tasks: list[Task], jobs: int, small: bool = False) -> float | None:
-    """Expected wall time with `jobs` cores, s; None when a task's is not known."""
-    costs = {task.name: cost_of(task, small).seconds for task in tasks}
+def expected_seconds(tasks: list[Task], jobs: int, expected: Mapping[str, Cost] | None = None) -> float | None:
+    """Expected wall time, s; None when a task's is not known.
+
+    Args:
+        tasks: each after those that it needs.
+        jobs: cores.
+        expected: cost by name of a task; what pipelines state when None.
+    """
+    costs = {task.name: (expected[task.name] if expected else cost_of(task)).seconds for task in tasks}
     if any(seconds is None for seconds in costs.values()):
         return None
     ends: dict[str, float] = {}
@@ -253,6 +263,6 @@ def expected_seconds(tasks: list[Task], jobs: int, small: bool = False) -> float
     return max(ends.values(), default=0.0)
 
 
-def memory_gb(tasks: list[Task], jobs: int) -> float:
+def memory_gb(costs: Iterable[Cost], jobs: int) -> float:
     """Peak memory if the largest tasks meet, GB."""
-    return sum(sorted((cost_of(task).memory_gb for task in tasks), reverse=True)[:jobs])
+    return sum(sorted((cost.memory_gb for cost in costs), reverse=True)[:jobs])
