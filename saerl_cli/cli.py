@@ -14,6 +14,8 @@ app = typer.Typer(
     help="RLHF restricted to sparse-autoencoder feature coefficients, so that what it taught can be read.",
     epilog="A job is resumed by repeating its command with hydra.run.dir=DIR; `saerl runs` prints that command.",
 )
+INTERRUPTED = 130
+"""What Typer makes of a `KeyboardInterrupt`, without a word."""
 HYDRA = {"ignore_unknown_options": True}  # lets -m, --cfg job, --config-dir DIR through to Hydra
 
 
@@ -113,13 +115,22 @@ def audit(overrides: Overrides = None, help: Help = False) -> None:
 
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
-    """Compare evaluated policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
-    from saerl_cli.run.words import quoted_list
+    """Compare policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
+    import glob
 
-    words = overrides or []
-    folders = [word for word in words if "=" not in word and Path(word).is_dir()]
+    from saerl_cli.run.bridge import refuse
+    from saerl_cli.run.words import quoted_list, split_words
+
+    try:
+        flags, words = split_words(overrides or [])
+    except ValueError as error:
+        refuse(error)
+    folders = [word for word in words if "=" not in word and not word.startswith("~")]
+    for folder in folders:
+        if not glob.glob(folder) and not Path(folder).exists():
+            refuse(f"there is no folder {folder}")
     sugar = [f"runs={quoted_list(','.join(folders))}"] if folders else []
-    hydra("compare", [*sugar, *(word for word in words if word not in folders)])
+    hydra("compare", [*flags, *sugar, *(word for word in words if word not in folders)])
 
 
 @app.command("export")
@@ -206,11 +217,10 @@ def reproduce(
     Finished stages are skipped, also after a kill: repeat the command. Exit code 0 when everything agrees.
     """
     from saerl_cli.reproduce.command import reproduce as work
-    from saerl_cli.run.bridge import refuse, stoppable
+    from saerl_cli.run.bridge import refuse
 
     try:
-        with stoppable():
-            code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
+        code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
     except ValueError as error:
         refuse(error)
     except OSError as error:  # a full disk
@@ -308,8 +318,14 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     usage_error: Any = typer.BadParameter.__mro__[1]  # typer shows the class only under private names
+    from saerl_cli.run.stopping import stoppable
+
     try:
-        sys.exit(app(prog_name="saerl", standalone_mode=False))
+        with stoppable():
+            code = app(prog_name="saerl", standalone_mode=False)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+        sys.exit(code)
     except usage_error as error:
         typer.echo(f"saerl: {error.format_message()} (saerl --help)", err=True)
         sys.exit(2)
