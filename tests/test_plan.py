@@ -218,7 +218,7 @@ def test_what_the_trainer_of_an_sae_holds():
     assert dict(part.sizes)["layers"] == 3  # nothing above the highest site
 
 
-def test_processes_share_batches_and_sharding_splits_weights():
+def test_processes_share_batches():
     one, two = (
         command.estimate("rlhf", composed("rlhf", ["launch.cpu=true", f"launch.num_processes={n}"]), [], None)
         for n in (1, 2)
@@ -227,9 +227,34 @@ def test_processes_share_batches_and_sharding_splits_weights():
     tokens = {n: next(w for _, w in p.work if w.kind == "forward").flops for n, p in update.items()}
     assert tokens[1] == 2 * tokens[2]
     assert two.stays["gradients"] == 2 * one.stays["gradients"]  # the buckets of DDP
-    config = composed("rlhf", ["launch.cpu=true", "launch.num_processes=2"])
-    config.launch.sharding = SimpleNamespace(value="fsdp2")
-    assert command.estimate("rlhf", config, [], None).stays["optimiser"] == one.stays["optimiser"] / 2
+
+
+def test_a_split_model_is_held_in_parts():
+    words = ["launch=fsdp2", "launch.cpu=true", "launch.num_processes=2"]
+    kinds = {"full": [], "lora": ["adapter=lora"]}
+    for kind, adapter in kinds.items():
+        whole, split = (
+            command.estimate("rlhf", composed("rlhf", [*adapter, *launch]), [], None)
+            for launch in (["launch=cpu_2"], words)
+        )
+        assert split.stays["language model"] == whole.stays["language model"] / 2
+        shape = Policy(composed("rlhf", adapter), [], None).shape
+        assert split.stays["gathered weights"] == 4 * (2 * shape.embedding + shape.block + shape.norm)
+        critic = 128 + 1
+        if kind == "full":
+            assert split.stays["its frozen copy"] == whole.stays["its frozen copy"] / 2
+            assert split.stays["optimiser"] == 8 * (shape.parameters / 2 + critic)
+            assert split.stays["gradients"] == 4 * (shape.parameters / 2 + 2 * critic)
+        else:  # what is added is whole in every process
+            assert split.stays["optimiser"] == whole.stays["optimiser"]
+            assert split.stays["gradients"] == whole.stays["gradients"]
+        at_once = command.estimate(
+            "rlhf", composed("rlhf", [*adapter, *words, "launch.gather_for_sampling=true"]), [], None
+        )
+        (sampling,) = [phase for phase in at_once.phases if phase.name == "generation"]
+        assert sampling.holds["the other blocks"] == 4 * (shape.layers - 1) * shape.block
+    sae = [estimate_sae(composed("train_sae", launch)).stays for launch in (["launch=cpu_2"], words)]
+    assert sae[1]["language model"] == sae[0]["language model"] / 2 and "gathered weights" in sae[1]
 
 
 def test_the_frozen_part_is_left_out_above_the_lowest_site():

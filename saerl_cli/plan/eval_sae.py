@@ -13,6 +13,7 @@ from saerl_cli.models import Site, resolve_sites
 from saerl_cli.plan import metrics, probing
 from saerl_cli.plan.compose import composed
 from saerl_cli.plan.dictionaries import Dictionary, dictionary_of, found
+from saerl_cli.plan.launches import weights
 from saerl_cli.plan.metrics import Reading
 from saerl_cli.plan.sae import filling, sae_parameters, states, step_bytes, step_work
 from saerl_cli.plan.shapes import Shape, shape_of
@@ -92,7 +93,7 @@ def estimate(config: EvalSaeConfig, sae_words: list[str]) -> Estimate:
         processes=config.launch.num_processes,
         dtype=read.dtype,
         parameters={"language model": shape.parameters, "SAEs": numbers},
-        stays={"language model": shape.parameters * size, "SAEs": 4.0 * numbers, "text": text_bytes},
+        stays=weights(shape, size, config.launch) | {"SAEs": 4.0 * numbers, "text": text_bytes},
         phases=phases,
         disk={},
         notes=[*task.notes, *notes],

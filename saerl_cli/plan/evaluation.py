@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from saerl_cli.config.evaluate import EvaluateConfig
+from saerl_cli.plan.launches import weights
 from saerl_cli.plan.policy import Policy, behaviour, drawn, measured_phases, reward_models, scaled
 from saerl_cli.plan.text import PROMPT_BYTES, reading
 from saerl_cli.plan.work import SIZE, Estimate, Phase, start
@@ -30,8 +31,7 @@ def estimate(config: EvaluateConfig, length: float | None) -> Estimate:
     grading = [(times / policy.rows, part) for work, _ in rewards for times, part in work]
     measured, heldout, holds = measured_phases(policy)
     base = config.samples_a_prompt * evaluation.samples if config.base is None else 0
-    stays = {
-        "language model": shape.parameters * SIZE[policy.dtype] * (2 if policy.full else 1),
+    stays = weights(shape, SIZE[policy.dtype], config.launch, 2 if policy.full else 1) | {
         "adapter": 0 if policy.full else 4.0 * policy.trained,
         "SAEs": 4.0 * sum(sae.parameters for sae in policy.saes),
         "reward models": sum(size for _, size in rewards),

@@ -7,7 +7,7 @@ from saerl_cli.config.pairs import PairsKind
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.config.train_reward import TrainRewardConfig
 from saerl_cli.models import describe
-from saerl_cli.plan.launches import sharing
+from saerl_cli.plan.launches import weights
 from saerl_cli.plan.policy import PHASE, TRAINER_STEP
 from saerl_cli.plan.shapes import from_description, shape_of
 from saerl_cli.plan.text import REVIEW_BYTES, reading
@@ -36,7 +36,7 @@ def train_lm(config: TrainLmConfig) -> Estimate:
     shape = from_description(description)
     text, text_bytes, more = reading(config.data, config.model, REVIEW_BYTES)
     rows, seq, n = world.batch_size, world.context_size, shape.parameters
-    tokens = rows * seq
+    tokens, parts = rows * seq, config.launch.shards
     step: Work = [
         (1, forward(shape, shape.layers, rows, seq, "float32", "weights")),
         (
@@ -61,7 +61,8 @@ def train_lm(config: TrainLmConfig) -> Estimate:
         1,
         "float32",
         {"language model": n, "trained": n},
-        {"language model": 4.0 * n, "gradients": 4.0 * n, "optimiser": 8.0 * n, "text": text_bytes},
+        weights(shape, 4, config.launch)
+        | {"gradients": 4.0 * n / parts, "optimiser": 8.0 * n / parts, "text": text_bytes},
         [
             Phase("start and text", 1, [(1, start("lm")), (1, start("command")), *text]),
             Phase(
@@ -100,24 +101,23 @@ def train_reward(config: TrainRewardConfig) -> Estimate:
     steps = ceil(pairs * config.epochs / config.batch_size)
     n = shape.trunk + shape.width
     batches = config.batch_size / processes / micro
-    shared = sharing(config.launch)
     step: Work = [
         (batches, forward(shape, shape.layers, 2 * micro, length, computes, "weights")),
-        (1, adam(n / shared.states)),
+        (1, adam(n)),
         small(TRAINER_STEP),
     ]
     low = 2.0 * n if computes != dtype else 0.0
     heldout = config.pairs.heldout / micro / processes
-    gradients = 4.0 * n / shared.states * (2 if processes > 1 and shared.states == 1 else 1)
+    gradients = 4.0 * n * (2 if processes > 1 else 1)
     return Estimate(
         "train-reward",
         processes,
         computes,
         {"language model": shape.parameters, "trained": n},
         {
-            "reward model": SIZE[dtype] * n / shared.weights,
+            "reward model": SIZE[dtype] * n,
             "gradients": gradients,
-            "optimiser": 8.0 * n / shared.states,
+            "optimiser": 8.0 * n,
         },
         [
             Phase("start", 1, [(1, start("rl")), (1, start("command")), small(PHASE)]),

@@ -1,23 +1,31 @@
-"""What several processes share."""
-
-from dataclasses import dataclass
+"""What the processes of a launch hold of a language model."""
 
 from saerl_cli.config.groups import LaunchConfig
+from saerl_cli.plan.shapes import Shape
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """Among how many processes a thing is split; 1 where each holds the whole."""
+def weights(shape: Shape, size: int, launch: LaunchConfig, models: int = 1) -> dict[str, float]:
+    """Bytes of models' weights in one process: all, or its part and what a pass has whole at a time.
 
-    weights: int
-    """The language model."""
-    states: int
-    """Gradients and the optimiser's state of trained weights."""
+    Args:
+        shape: of each.
+        size: bytes of a number.
+        launch: `launch.shards` parts.
+        models: how many.
+    """
+    whole = float(shape.parameters * size)
+    if launch.shards == 1:
+        return {"language model": models * whole}
+    return {"language model": models * whole / launch.shards, "gathered weights": float(gathered(shape) * size)}
 
 
-def sharing(launch: LaunchConfig) -> Sharing:
-    """Of a launch (`launch.sharding`, where there is such a setting)."""
-    kind = str(getattr(getattr(launch, "sharding", None), "value", "none"))
-    whole, split = 1, launch.num_processes
-    weights = split if kind in ("fsdp2", "deepspeed_zero3") else whole
-    return Sharing(weights, split if weights > 1 or kind == "deepspeed_zero2" else whole)
+def gathered(shape: Shape) -> int:
+    """Parameters that a pass through a split model has whole at a time: embedding, head, last norm and one block."""
+    return shape.parameters - (shape.layers - 1) * shape.block
+
+
+def for_sampling(shape: Shape, size: int, launch: LaunchConfig) -> dict[str, float]:
+    """Bytes of what `launch.gather_for_sampling` gathers beside that."""
+    if launch.shards == 1 or not launch.gather_for_sampling:
+        return {}
+    return {"the other blocks": float((shape.parameters - gathered(shape)) * size)}

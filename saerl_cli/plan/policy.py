@@ -13,7 +13,7 @@ from saerl_cli.config.reward import RewardKind
 from saerl_cli.config.rlhf import EvaluationConfig, PromptKind, RlhfConfig
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.dictionaries import Dictionary, dictionaries
-from saerl_cli.plan.launches import Sharing
+from saerl_cli.plan.launches import for_sampling, weights
 from saerl_cli.plan.shapes import Shape, from_description, pythia, shape_of
 from saerl_cli.plan.work import (
     HELD,
@@ -208,22 +208,22 @@ class Learning:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def held(policy: Policy, shared: Sharing) -> dict[str, float]:
+def held(policy: Policy) -> dict[str, float]:
     """Bytes from beginning to end, of one process."""
-    shape = policy.shape
-    trained, critic = policy.trained, policy.critic
-    stays = {"language model": shape.parameters * SIZE[policy.dtype] / shared.weights}
+    trained, critic, launch = policy.trained, policy.critic, policy.config.launch
+    stays = weights(policy.shape, SIZE[policy.dtype], launch)
     if policy.full:
-        stays["its frozen copy"] = shape.parameters * SIZE[policy.dtype] / shared.weights
+        stays["its frozen copy"] = stays["language model"]
     elif policy.adapter.kind is not AdapterKind.bias_only or trained:
         stays["adapter"] = 4.0 * trained
     if policy.saes:
         stays["SAEs"] = 4.0 * sum(sae.parameters for sae in policy.saes)
     if critic:
         stays["critic"] = 4.0 * critic
-    numbers = (trained + critic) / shared.states
-    stays["gradients"] = 4.0 * numbers * (1 if policy.processes == 1 or shared.states > 1 else 2)  # DDP's buckets
-    stays["optimiser"] = 8.0 * numbers
+    split = trained / launch.shards if policy.full and launch.shards > 1 else 0.0
+    alike = critic if split else trained + critic  # in all processes
+    stays["gradients"] = 4.0 * (split + alike * (1 if policy.processes == 1 else 2))  # twice: what is averaged
+    stays["optimiser"] = 8.0 * (split + alike)
     return stays
 
 
@@ -249,7 +249,8 @@ def generation_bytes(policy: Policy, rows: int) -> dict[str, float]:
     """Keys, values and the logits of one step."""
     shape = policy.shape
     cache = shape.kv_bytes(rows, policy.seq, SIZE[policy.dtype])
-    return {"keys and values": cache * (1 + 1 / shape.layers), "logits": 24.0 * rows * shape.vocabulary}
+    held = {"keys and values": cache * (1 + 1 / shape.layers), "logits": 24.0 * rows * shape.vocabulary}
+    return held | for_sampling(shape, SIZE[policy.dtype], policy.config.launch)
 
 
 def forward_bytes(policy: Policy, rows: int) -> float:

@@ -4,7 +4,6 @@ from saerl_cli.activations import row_length
 from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.plan import rollouts, supervised
-from saerl_cli.plan.launches import sharing
 from saerl_cli.plan.policy import (
     TRAINER_STEP,
     Policy,
@@ -36,12 +35,12 @@ def estimate(config: RlhfConfig, sae_words: list[str], length: float | None) -> 
     """
     algo, evaluation = config.algo, config.evaluation
     policy = Policy(config, sae_words, length)
-    shape, shared = policy.shape, sharing(config.launch)
+    shape = policy.shape
     text, text_bytes, notes = reading(config.data, config.model, PROMPT_BYTES)
     rewards = reward_models(policy)
     grading: Work = [part for work, _ in rewards for part in work]
-    learnt = (rollouts if algo.samples else supervised).learning(policy, grading, shared)
-    stays = held(policy, shared) | {"reward models": sum(size for _, size in rewards), "text": text_bytes}
+    learnt = (rollouts if algo.samples else supervised).learning(policy, grading)
+    stays = held(policy) | {"reward models": sum(size for _, size in rewards), "text": text_bytes}
     both, loss, measured = measured_phases(policy)
     looks = 2 + (algo.phases - 1) // evaluation.every if evaluation.every else 2
     seen = min(evaluation.samples, 256)

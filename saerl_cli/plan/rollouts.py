@@ -1,7 +1,6 @@
 """What ppo, grpo and rloo learn by: completions of their own, scored and learned from in epochs."""
 
 from saerl_cli.config.algo import HELD as LOGITS
-from saerl_cli.plan.launches import Sharing
 from saerl_cli.plan.policy import (
     PHASE,
     TRAINER_STEP,
@@ -22,25 +21,23 @@ KEPT = 3
 """Vectors of the frozen part that a rollout keeps for each token."""
 
 
-def learning(policy: Policy, grading: Work, shared: Sharing) -> Learning:
+def learning(policy: Policy, grading: Work) -> Learning:
     """The phases of training.
 
     Args:
         policy: what is trained.
         grading: scoring a phase's completions.
-        shared: what processes share.
     """
-    algo, shape = policy.algo, policy.shape
+    algo = policy.algo
     recorded = {"kept of rollouts": rollout_bytes(policy)}
-    gathered = {"a gathered layer": shape.block * SIZE[policy.dtype]} if shared.weights > 1 else {}
     writing = [*generating(policy, policy.rows, policy.new, policy.written), *grading]
-    update = recorded | activation_bytes(policy, policy.micro * policy.seq) | gathered
-    passes = recorded | {"forward pass": forward_bytes(policy, policy.micro)} | gathered
+    update = recorded | activation_bytes(policy, policy.micro * policy.seq)
+    passes = recorded | {"forward pass": forward_bytes(policy, policy.micro)}
     scoring = Phase("scoring", algo.phases, scored(policy), passes)
     scoring.on_cpu, scoring.on_gpu = head_bytes(policy, "none")
     updates = Phase("updates", algo.phases * algo.steps_per_phase, updated(policy), update)
     updates.on_cpu, updates.on_gpu = head_bytes(policy, policy.grad)
-    generation = Phase("generation", algo.phases, writing, generation_bytes(policy, policy.rows) | gathered)
+    generation = Phase("generation", algo.phases, writing, generation_bytes(policy, policy.rows))
     return Learning(phases=[generation, scoring, updates])
 
 

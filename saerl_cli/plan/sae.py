@@ -11,6 +11,7 @@ from saerl_cli.config.sae import L1_FAMILY, Architecture, EncoderDtype, Optimize
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.plan import metrics
 from saerl_cli.plan.dictionaries import active, dictionary_of
+from saerl_cli.plan.launches import weights
 from saerl_cli.plan.shapes import Shape, shape_of
 from saerl_cli.plan.text import REVIEW_BYTES, reading
 from saerl_cli.plan.work import (
@@ -47,8 +48,7 @@ def estimate(config: TrainSaeConfig) -> Estimate:
     numbers = sum(map(sae_parameters, plans))
     kept = sum(sae_parameters(p) * states(p.config) for p in plans)
     text, text_bytes, notes = reading(config.data, config.model, REVIEW_BYTES)
-    stays: dict[str, float] = {
-        "language model": shape.parameters * size,
+    stays = weights(shape, size, config.launch) | {
         "SAEs": 4 * numbers,
         "their gradients": 4 * numbers,
         "their optimiser": 4 * kept,

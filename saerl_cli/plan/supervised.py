@@ -5,7 +5,6 @@ from math import ceil
 from saerl_cli.config.adapter import Splice
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.plan.examples import Examples, documents_packed, examples_of_file, pairs
-from saerl_cli.plan.launches import Sharing
 from saerl_cli.plan.policy import (
     TRAINER_STEP,
     Learning,
@@ -40,13 +39,12 @@ WHOLE = 4.0
 """Matrices [sequences, tokens, vocabulary] that the weighted likelihood holds at once."""
 
 
-def learning(policy: Policy, grading: Work, shared: Sharing) -> Learning:
+def learning(policy: Policy, grading: Work) -> Learning:
     """The phases of training.
 
     Args:
         policy: what is trained.
         grading: scoring as many completions as a phase of an algorithm that writes some.
-        shared: what processes share; weights are never split here.
 
     Raises:
         ValueError: pairs or examples that cannot be read.
