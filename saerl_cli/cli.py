@@ -113,13 +113,22 @@ def audit(overrides: Overrides = None, help: Help = False) -> None:
 
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
-    """Compare evaluated policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
-    from saerl_cli.run.words import quoted_list
+    """Compare policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
+    import glob
 
-    words = overrides or []
-    folders = [word for word in words if "=" not in word and Path(word).is_dir()]
+    from saerl_cli.run.bridge import refuse
+    from saerl_cli.run.words import quoted_list, split_words
+
+    try:
+        flags, words = split_words(overrides or [])
+    except ValueError as error:
+        refuse(error)
+    folders = [word for word in words if "=" not in word and not word.startswith("~")]
+    for folder in folders:
+        if not glob.glob(folder) and not Path(folder).exists():
+            refuse(f"there is no folder {folder}")
     sugar = [f"runs={quoted_list(','.join(folders))}"] if folders else []
-    hydra("compare", [*sugar, *(word for word in words if word not in folders)])
+    hydra("compare", [*flags, *sugar, *(word for word in words if word not in folders)])
 
 
 @app.command("export")

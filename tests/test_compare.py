@@ -8,22 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_rl_job
+from omegaconf import OmegaConf
 from test_rl_job import do, settings
 
 from saerl_cli.analysis.compare import (
     Method,
     common_kls,
     costs,
-    load_evaluations,
     mean_curve,
     methods_of,
     rounded_down,
     row,
 )
 from saerl_cli.analysis.frontier import kl_optimum
+from saerl_cli.analysis.measured import choose
 from saerl_cli.config.compare import CompareConfig
 from saerl_cli.report import compare
 from saerl_cli.run.directory import Run
+from saerl_cli.run.preflight import flat
 
 saes = test_rl_job.saes  # a fixture
 
@@ -67,7 +69,7 @@ def runs(tmp_path) -> Path:
 
 def methods(runs: Path, **config):
     config = CompareConfig(runs=str(runs), **config)
-    return methods_of(load_evaluations(config.paths()), config)
+    return methods_of(choose(config.paths()).evaluations, config)
 
 
 def test_runs_that_differ_in_their_seed_are_one_method(runs):
@@ -106,7 +108,7 @@ def test_gains_at_equal_kl_by_hand(runs):
     curve = mean_curve(coeffs)
     for reach in np.random.default_rng(0).uniform(0.1, 5, size=20):
         rounded = [evaluation(runs / f"{reach}-{seed}", "full", seed, 1.0, float(reach)) for seed in (0, 1)]
-        assert mean_curve(Method("full", load_evaluations([str(run) for run in rounded])))[-1]["kl"] == reach
+        assert mean_curve(Method("full", choose([str(run) for run in rounded]).evaluations))[-1]["kl"] == reach
     assert curve[0]["gain"] == 0 and curve[-1]["kl"] == 2 and curve[-1]["gain"] == pytest.approx(4)
 
 
@@ -137,9 +139,9 @@ def test_across_models_every_run_has_its_own_limit_and_differences_are_paired(tm
             more = {"measured": {"model": language, "prompts": language}, "model.world.seed": size}
             evaluation(tmp_path / f"{adapter}-{language}", adapter, 0, slope * size, **more)
     with pytest.raises(ValueError, match=r"unless across=\[...\] names"):
-        load_evaluations([str(tmp_path)])
+        choose([str(tmp_path)])
     config = CompareConfig(runs=str(tmp_path), across=["model", "prompts"])
-    full, coeffs = methods_of(load_evaluations(config.paths(), config.across), config)
+    full, coeffs = methods_of(choose(config.paths(), config.across).evaluations, config)
     assert [len(full.runs), len(coeffs.runs)] == [2, 2], "a language is another run of the method, not another method"
     rewards = np.random.default_rng(0).normal(size=(500, 64))
     limits = {run.group: kl_optimum(rewards * run.points[-1]["gain"]) for run in coeffs.runs}  # ten times as high in zz
@@ -174,8 +176,140 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs, tmp_path):
     assert "was measured with other prompts than" in refusal(runs=[str(runs), str(other)])
     other = evaluation(tmp_path / "half", "full", 7, 4.0, status="interrupted")
     assert f"{other} is interrupted; finish it first: saerl evaluate" in refusal(runs=[str(runs), str(other)])
-    (other / "run.json").write_text(json.dumps({"job": "rlhf"}))
-    assert f"measure first: saerl evaluate policy={other} snapshots=true" in refusal(runs=str(other))
+    (other / "run.json").write_text(json.dumps({"job": "rlhf", "status": "failed", "command": "saerl rlhf"}))
+    assert f"only {other} (failed); finish it first: saerl rlhf" in refusal(runs=str(other))
+    sweep = {"job": "rlhf", "command": "saerl rlhf -m seed=0,1", "points": []}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert refusal(runs=str(other)).endswith("finish it first: saerl rlhf -m seed=0,1"), "of a point that of all"
+    (other / "run.json").write_text(json.dumps({"job": "train_sae"}))
+    assert "holds no run of `saerl evaluate` and none of `saerl rlhf`" in refusal(runs=str(other))
+
+
+# --- final policies --------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, *words: str, gain: float = 1.0, kl: float = 2.0, status: str = "completed") -> Path:
+    """A run of `saerl rlhf` as far as its settings and numbers go."""
+    from hydra import compose, initialize_config_dir
+
+    from saerl_cli.run.configs import conf_dir, register_schema
+
+    register_schema("rlhf")
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("rlhf", list(words))
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    record = {"job": "rlhf", "status": status, "command": "saerl rlhf", "inputs": {"model": {"sha256": "ab"}}}
+    numbers = {"reward_before": -1.0, "reward_before_se": 0.03, "reward_after": gain - 1, "reward_se": 0.04}
+    numbers |= {"kl": kl, "kl_se": 0.1, "kl_exact": kl, "kl_exact_se": 0.01, "steps": 10, "seconds": 5.0}
+    numbers |= {"adapter": config.adapter.kind.name, "trainable_parameters": 64, "peak_memory_bytes": 2**30}
+    (folder / "run.json").write_text(json.dumps(record))
+    if status == "completed":
+        (folder / "summary.json").write_text(json.dumps(numbers))
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Full with two seeds, LoRA with one, and one that failed."""
+    trained(tmp_path / "sw" / "0", "adapter=full", "seed=0", gain=1.0)
+    trained(tmp_path / "sw" / "1", "adapter=full", "seed=1", gain=2.0)
+    trained(tmp_path / "sw" / "2", "adapter=lora", "seed=0", gain=0.5, kl=1.0)
+    trained(tmp_path / "sw" / "3", "adapter=lora", "seed=1", status="failed")
+    return tmp_path / "sw"
+
+
+def test_finished_policies_are_single_points_by_their_own_measurement(sweep, monkeypatch):
+    monkeypatch.chdir(sweep.parent)
+    chosen = choose(["sw"])
+    full, lora = methods_of(chosen.evaluations, CompareConfig(runs="sw"))
+    assert [len(full.runs), len(lora.runs)] == [2, 1]
+    point = {"kl": 2.0, "gain": 1.0, "gain_se": pytest.approx(0.05)}
+    assert full.runs[0].points == [point], "errors of both means, as if independent: hypot(0.03, 0.04)"
+    assert row(full, 1.0, None, {})["gain"] == pytest.approx(0.75), "on the chord from the base model, both seeds"
+    assert costs(full) == {"seconds": 5.0, "peak_memory_bytes": 2**30}
+    assert chosen.note == (
+        "final policies only, as training measured them, all on the same held-out prompts, each with its own seed:"
+        " `saerl evaluate -m policy=sw/0,sw/1,sw/2 'factors=[0.25,0.5,0.75]' hydra.sweep.dir=sw-eval` gives the"
+        " frontier"
+    )
+    assert chosen.left_out == ["left out, not finished: sw/3 (failed)"]
+    for path in ("0", "1", "2"):
+        Path("sw", path, "policies").mkdir()
+        Path("sw", path, "policies", "step-2.safetensors").write_text("")
+    assert "`saerl evaluate -m policy=sw/0,sw/1,sw/2 snapshots=true hydra.sweep.dir=sw-eval`" in choose(["sw"]).note
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("prompts.tokens=4", "each on its own run's prompts"),
+        ("evaluation.samples=64", "each on its own run's prompts"),
+        ("algo.phases=3", "all on the same held-out prompts:"),
+    ],
+)
+def test_the_note_says_whether_final_policies_share_prompts(tmp_path, word, says):
+    trained(tmp_path / "sw" / "0")
+    trained(tmp_path / "sw" / "1", word)
+    assert says in choose([str(tmp_path / "sw")]).note
+
+
+def test_final_policies_of_another_reward_are_refused(sweep):
+    trained(sweep / "4", "reward=sentiment")
+    with pytest.raises(ValueError, match=r"sw/4 was measured with another reward than .*sw/0"):
+        choose([str(sweep)])
+
+
+def test_evaluations_are_preferred_to_the_policies_they_measured(sweep, monkeypatch):
+    monkeypatch.chdir(sweep.parent)
+    path = evaluation(sweep / "eval", "full", 0, 1.0)
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"policy": "sw/0"}))
+    chosen = choose(["sw"])
+    assert [(e.path, e.final) for e in chosen.evaluations] == [(Path("sw/eval"), False)]
+    assert chosen.note == "" and len(chosen.left_out) == 1
+    assert chosen.left_out[0].startswith("left out, since nothing has evaluated them: sw/1, sw/2; `saerl evaluate -m")
+
+
+def test_a_folder_without_evaluations_beside_one_with_them_is_mixed_and_says_so(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = OmegaConf.to_container(OmegaConf.load("sw/0/.hydra/config.yaml"))
+    own = choose(["sw/0"]).evaluations[0].summary["measured"]
+    path = evaluation(tmp_path / "ev", "full", 0, 1.0, measured=own | {"prompts": "fresh", "seed": 1})
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"trained_with": flat(settings)}))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"policy": "sw/0"}))
+    chosen = choose(["ev", "sw"])
+    assert [(str(e.path), e.final) for e in chosen.evaluations] == [("ev", False), ("sw/1", True), ("sw/2", True)]
+    assert chosen.note.startswith(
+        "sw/1, sw/2: final policies only, on other prompts and random numbers than the evaluations: `saerl evaluate -m"
+    )
+
+
+def test_the_command_compares_the_sweep_that_trained_the_policies(saerl, sweep):
+    done = saerl("compare", "sw", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert "final policy" in done.stdout.splitlines()[1]
+    assert "final policies only, as training measured them" in done.stderr
+    assert "left out, not finished: sw/3 (failed)" in done.stderr
+    summary = Run(Path("out")).read_summary()
+    assert (
+        summary["note"].startswith("final policies only") and summary["methods"]["lora"]["measured"] == "final policy"
+    )
+    with Path("out", "table.csv").open() as file:
+        assert {line["measured"] for line in csv.DictReader(file)} == {"final policy"}
+    assert "lora (final policy)" in Path("out", "figure.csv").read_text()
+    assert "final policies only" in Path("out", "figure.svg").read_text()
+    reported = saerl("report", "out")
+    assert reported.returncode == 0, reported.stderr
+    assert "final policies only, as training measured them" in Path("out", "report.html").read_text()
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["sw", "nowhere"], ["nowhere", "kls=[1]"]])
+def test_a_mistyped_folder_is_named(saerl, sweep, words):
+    refused = saerl("compare", *words)
+    assert (refused.returncode, refused.stderr) == (2, "saerl: there is no folder nowhere\n")
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -259,7 +393,8 @@ def test_from_training_to_the_comparison(saerl, empty_place, saes):
     assert done.stdout.count("not reached (0 of 2)") == 1 and "one seed of full" in done.stderr
     for name in ("figure.svg", "figure.png", "figure.csv"):
         assert (out / name).stat().st_size > 0
-    refused = saerl("compare", "runs=coeffs-0")
-    assert refused.returncode == 2 and "measure first: saerl evaluate policy=coeffs-0" in refused.stderr
+    finals = saerl("compare", "coeffs-0", "hydra.run.dir=finals")
+    assert finals.returncode == 0, finals.stderr
+    assert "`saerl evaluate policy=coeffs-0 snapshots=true` gives the frontier" in finals.stderr
     again = saerl("evaluate", "policy=full-0", "snapshots=true", "base=coeffs-0")
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1

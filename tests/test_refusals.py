@@ -44,6 +44,8 @@ WORDS = [
     Case("report", "Missing argument 'PATH'"),
     Case("report nowhere", "there is no folder nowhere"),
     Case("runs nowhere", "there is no folder nowhere"),
+    Case("compare nowhere", "there is no folder nowhere"),
+    Case("compare --nope", "unknown flag --nope"),
     Case("train-sae --nope", "unknown flag --nope"),
     Case("train-sae --config-name=x", "unknown flag --config-name"),
     Case("train-sae seed", "'seed' is no setting; settings are written key=value"),

@@ -383,6 +383,12 @@ def test_a_sweep_of_a_real_job_its_evaluations_comparison_and_report(saerl):
     assert table(swept.stdout)[0][:4] == ["point", "adapter", "status", "objective"]
     assert [row["adapter"] for row in rows("rl")] == ["full", "lora"]
     assert float(rows("rl")[0]["objective"]) == Run.load("rl/0").read_summary()["reward_after"]
+    finals = saerl("compare", "rl", "hydra.run.dir=finals")
+    assert finals.returncode == 0, finals.stderr
+    assert "final policies only, as training measured them, all on the same held-out prompts" in finals.stderr
+    gains = {row["method"]: float(row["gain"]) for row in read_csv(Path("finals/costs.csv"))}
+    end = {row["adapter"]: Run.load(row["folder"]).read_summary() for row in rows("rl")}
+    assert gains == {name: pytest.approx(n["reward_after"] - n["reward_before"]) for name, n in end.items()}
     measured = saerl("evaluate", "-m", "policy=rl/0,rl/1", "evaluation.samples=32", "hydra.sweep.dir=ev")
     assert measured.returncode == 0, measured.stderr
     compared = saerl("compare", "ev", "hydra.run.dir=cmp")

@@ -1,10 +1,8 @@
-"""Methods at equal KL: runs of `saerl evaluate`, sorted into methods, their gains with intervals over seeds.
+"""Methods at equal KL: what `analysis/measured.py` finds, sorted into methods, their gains with intervals over seeds.
 
 Reads run directories only; imports no torch.
 """
 
-import glob
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +20,8 @@ from saerl_cli.analysis.frontier import (
     ratio_interval,
     t_interval,
 )
+from saerl_cli.analysis.measured import Evaluation
 from saerl_cli.config.compare import CompareConfig
-from saerl_cli.rl.measuring.base import difference
-from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json
 
 KIND = "adapter.kind"
@@ -37,90 +34,11 @@ MEAN_POINTS = 40
 
 
 @dataclass
-class Evaluation:
-    """A finished run of `saerl evaluate`, or all of a method and seed."""
-
-    path: Path
-    summary: dict[str, Any]
-    settings: dict[str, Any]
-    """Of the training run, {dotted key: value}."""
-    group: str = ""
-    """Runs of one group share base model, reward and prompts; all runs are one group unless told otherwise."""
-
-    @property
-    def unit(self) -> tuple[Any, str]:
-        """Seed and group: what the runs of a method differ in."""
-        return self.settings.get("seed"), self.group
-
-    @property
-    def points(self) -> list[dict[str, float]]:
-        """Its policies as {kl, gain, gain_se}."""
-        return [{"kl": p["kl_exact"], "gain": p["gain"], "gain_se": p["gain_se"]} for p in self.summary["frontier"]]
-
-    @property
-    def reach(self) -> float:
-        """The largest KL that was measured, nats."""
-        return max(point["kl"] for point in self.points)
-
-
-@dataclass
 class Method:
     """Runs that differ in their seed; with several a seed, their points together."""
 
     name: str
     runs: list[Evaluation]
-
-
-# --- finding runs ----------------------------------------------------------------------------------------------------
-
-
-def load_evaluations(words: Sequence[str], across: Sequence[str] = ()) -> list[Evaluation]:
-    """The evaluations that folders, sweeps and globs stand for, each once; grouped by what may differ (`across`).
-
-    Raises:
-        ValueError: one that is missing, unfinished or not comparable with the first; the message names it.
-    """
-    found = list(dict.fromkeys(path for word in words for path in evaluated(word)))
-    evaluations = [load(path) for path in found]
-    shared = [{k: v for k, v in e.summary["measured"].items() if k not in across} for e in evaluations]
-    for other, own in zip(evaluations[1:], shared[1:], strict=True):
-        differs = difference(shared[0], own)
-        if differs:
-            raise ValueError(
-                f"{other.path} was measured with {differs} than {evaluations[0].path}; only runs of one model, reward,"
-                " prompts and sampling can be compared, unless across=[...] names what may differ"
-            )
-    for evaluation in evaluations:
-        evaluation.group = (
-            json.dumps([evaluation.summary["measured"].get(key) for key in sorted(across)]) if across else ""
-        )
-    return evaluations
-
-
-def evaluated(word: str) -> list[Path]:
-    """Run directories of `saerl evaluate` that a word stands for."""
-    jobs: dict[Path, Any] = {}
-    for folder in [Path(path) for path in sorted(glob.glob(word))] or [Path(word)]:
-        if not folder.exists():
-            raise ValueError(f"runs: there is no folder {folder}")
-        jobs |= {file.parent: Run(file.parent).record.get("job") for file in sorted(folder.rglob("run.json"))}
-    found = [path for path, job in jobs.items() if job == "evaluate"]
-    if not found:
-        trained = [path for path, job in jobs.items() if job == "rlhf"]
-        hint = f"; measure first: saerl evaluate policy={trained[0]} snapshots=true" if trained else ""
-        raise ValueError(f"runs: {word} holds no run of `saerl evaluate`{hint}")
-    return found
-
-
-def load(path: Path) -> Evaluation:
-    """A finished evaluation."""
-    run = Run.load(path)
-    if run.status != "completed":
-        raise ValueError(f"{path} is {run.status}; finish it first: {run.record.get('command')}")
-    summary = run.read_summary()
-    if "measured" not in summary or "trained_with" not in run.record:
-        raise ValueError(f"{path} was written by an earlier version without a frontier; evaluate its policy again")
-    return Evaluation(path, summary, run.record["trained_with"])
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -186,7 +104,11 @@ def by_seed(runs: Sequence[Evaluation]) -> list[Evaluation]:
     for run in runs:
         seeds.setdefault(run.unit, []).append(run)
     return [
-        replace(same[0], summary=same[0].summary | {"frontier": [p for run in same for p in run.summary["frontier"]]})
+        replace(
+            same[0],
+            summary=same[0].summary | {"frontier": [p for run in same for p in run.summary["frontier"]]},
+            final=any(run.final for run in same),
+        )
         for same in seeds.values()
     ]
 

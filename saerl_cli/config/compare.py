@@ -13,10 +13,11 @@ ACROSS = ("model", "reference", "prompts", "reward")
 
 @dataclass
 class CompareConfig:
-    """Many runs of `saerl evaluate` on one reward-KL frontier: methods at equal KL, with intervals over seeds."""
+    """Many policies on one reward-KL frontier: methods at equal KL, with intervals over seeds."""
 
     runs: Any = MISSING
-    """A run of `saerl evaluate`, a folder of them (a sweep), a glob, or a list of these."""
+    """A run of `saerl evaluate`, a folder of them (a sweep), a glob, or a list of these. Of a folder that holds none,
+    the finished runs of `saerl rlhf`: single points, as training measured its final policies."""
     kls: list[float] | None = None
     """KLs at which methods are compared, nats per completion; when empty a quarter, half and all of what every run
     reaches."""

@@ -1,6 +1,7 @@
-"""`saerl compare`: methods at equal KL, from runs of `saerl evaluate`.
+"""`saerl compare`: methods at equal KL, from runs of `saerl evaluate`, or from policies as training measured them.
 
-summary.json    methods {name: {runs, trainable_parameters, nonzero, seconds, ...}}, table, and the limits
+summary.json    methods {name: {runs, trainable_parameters, nonzero, seconds, ...}}, table, the limits, and in `note`
+                what must be known of final policies
 table.csv       a line a method and KL
 costs.csv       a line a method: numbers trained, seconds, peak memory, where its training ended
 figure.csv      what figure.svg and figure.png show
@@ -12,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.analysis.compare import (
-    Evaluation,
     Method,
     baseline_of,
     common_kls,
     costs,
-    load_evaluations,
     mean_curve,
     methods_of,
     row,
 )
 from saerl_cli.analysis.frontier import t_interval
+from saerl_cli.analysis.measured import Evaluation, choose
 from saerl_cli.config.compare import CompareConfig
 from saerl_cli.report import figures
 from saerl_cli.report.frontier import Limits, curves, limits_of, write_frontier
@@ -35,6 +35,7 @@ from saerl_cli.run.progress import say
 COLUMNS = (
     ("method", "method", "{}"),
     ("seeds", "runs", "{}"),
+    ("measured", "measured", "{}"),
     ("trainable", "trainable_parameters", "{:,}"),
     ("nonzero", "nonzero", "{:,.0f}"),
     ("KL, nats", "kl", "{:g}"),
@@ -63,7 +64,7 @@ def check(config: CompareConfig) -> None:
     Raises:
         ValueError: one line saying what is wrong.
     """
-    methods = methods_of(load_evaluations(config.paths(), config.across), config)
+    methods = methods_of(choose(config.paths(), config.across).evaluations, config)
     baseline_of(methods, config.baseline)
     if config.kls is None:
         common_kls(methods)
@@ -71,8 +72,8 @@ def check(config: CompareConfig) -> None:
 
 def work(config: CompareConfig, run: Run) -> None:
     """Compare; write summary.json, table.csv and the figure, print the table."""
-    evaluations = load_evaluations(config.paths(), config.across)
-    methods = methods_of(evaluations, config)
+    chosen = choose(config.paths(), config.across)
+    evaluations, methods = chosen.evaluations, methods_of(chosen.evaluations, config)
     baseline = baseline_of(methods, config.baseline)
     groups = {group: [e for e in evaluations if e.group == group] for group in sorted({e.group for e in evaluations})}
     limits = {group: found for group, members in groups.items() if (found := best_limits(members))}
@@ -80,17 +81,18 @@ def work(config: CompareConfig, run: Run) -> None:
     facts = {method.name: facts_of(method) for method in methods}
     rows = [
         row(method, kl, baseline, {group: limit.optimum for group, limit in limits.items()})
-        | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero")}
+        | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero", "measured")}
         for kl in kls
         for method in methods
     ]
     bases = [members[0].summary["reward_base"] for members in groups.values()]
     reward_base = sum(bases) / len(bases)
     numbers = {"reward_base": reward_base, "baseline": baseline and baseline.name, "methods": facts, "table": rows}
+    numbers |= {"note": chosen.note, "left_out": chosen.left_out}
     numbers |= {"groups": len(groups), "measured": [members[0].summary["measured"] for members in groups.values()]}
     numbers |= mean_curves([curves(found, reach_of(evaluations)) for found in limits.values()])
-    paths = {method.name: [shown(run, reward_base) for run in method.runs] for method in methods}
-    means = {method.name: mean for method in methods if (mean := mean_curve(method))}
+    paths = {drawn_name(method): [shown(run, reward_base) for run in method.runs] for method in methods}
+    means = {drawn_name(method): mean for method in methods if (mean := mean_curve(method))}
     write_frontier(run.path, "figure", paths, means, numbers)
     figures.write_csv(run.path / "table.csv", rows)
     cost_rows = [{"method": name, **{key: fact.get(key) for _, key, _ in COSTS[1:]}} for name, fact in facts.items()]
@@ -101,6 +103,8 @@ def work(config: CompareConfig, run: Run) -> None:
     show(rows, methods, bool(limits))
     halves = {name: {key: fact[key] for key in ("gain_half", "kl_half")} for name, fact in facts.items()}
     print_table(COSTS, [line | halves[line["method"]] for line in cost_rows])
+    for sentence in filter(None, (chosen.note, *chosen.left_out)):
+        say(sentence)
 
 
 def write_sparsity(folder: Path, methods: Sequence[Method]) -> None:
@@ -119,6 +123,17 @@ def write_sparsity(folder: Path, methods: Sequence[Method]) -> None:
 
 SPARSITY = ("step", "nonzero", "gain", "gain_se", "kl_exact", "kl_exact_se")
 """What is written of a policy beside the sparsity figure."""
+
+
+def measured_as(method: Method) -> str | None:
+    """`final policy` where a run of the method is a single point that training measured; None else."""
+    return "final policy" if any(run.final for run in method.runs) else None
+
+
+def drawn_name(method: Method) -> str:
+    """What the figure calls a method."""
+    found = measured_as(method)
+    return f"{method.name} ({found})" if found else method.name
 
 
 def reach_of(evaluations: Sequence[Evaluation]) -> float:
@@ -158,6 +173,7 @@ def facts_of(method: Method) -> dict[str, Any]:
     cost = costs(method)
     return {
         "adapter": method.runs[0].summary["adapter"],
+        "measured": measured_as(method),
         "runs": [str(run.path) for run in method.runs],
         "seeds": [run.settings.get("seed") for run in method.runs],
         "trainable_parameters": method.runs[0].summary["trainable_parameters"],

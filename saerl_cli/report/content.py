@@ -434,6 +434,7 @@ def comparison(run: Found) -> dict[str, Any]:
     """The table of a run of `saerl compare`."""
     keys = (
         "method",
+        "measured",
         "runs",
         "kl",
         "gain",
@@ -444,7 +445,7 @@ def comparison(run: Found) -> dict[str, Any]:
         "efficiency_half",
     )
     rows = [{key: line.get(key) for key in keys} for line in run.summary["table"]]
-    return cleaned({"run": str(run.path), "rows": rows, "baseline": run.summary.get("baseline")})
+    return cleaned({"run": str(run.path), "rows": rows} | {k: run.summary.get(k) for k in ("baseline", "note")})
 
 
 def other(run: Found) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def frontier(
     means: dict[str, list[dict[str, Any]]],
     limits: dict[str, list[dict[str, Any]]],
     base_reward: float,
+    note: str = "",
 ) -> Figure:
     """Reward over KL: a colour a method, the KL-optimal policy and best-of-n in grey, all starting at the base model.
 
@@ -172,9 +174,12 @@ def frontier(
         means: method -> {kl, gain, half}: mean over seeds and half its interval (None: one seed).
         limits: optimum and pooled_optimum, {kl, gain, reliable}; best_of_n, {n, kl, gain}; any may be missing.
         base_reward: mean reward of the base model.
+        note: what must be known of the points, above the figure.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
+    if note:
+        axes.set_title(textwrap.fill(note, 100), fontsize=8, loc="left", parse_math=False)
     for index, (colour, (method, runs)) in enumerate(zip(cycle(), paths.items(), strict=False)):
         mean, line = means.get(method), ("-", "--", ":")[index // len(COLOURS) % 3]
         for number, points in enumerate(runs):

@@ -125,10 +125,11 @@ def write_frontier(
         name: of the files.
         paths: method -> a list of entries a run.
         means: method -> {kl, gain, half} over seeds.
-        numbers: reward_base, and the limits as `curves` gave them.
+        numbers: reward_base, the limits as `curves` gave them, and a `note` where there is one.
     """
     limits = {key: numbers[key] for key in ("optimum", "pooled_optimum", "best_of_n") if key in numbers}
-    figure = figures.frontier(paths, means, limits, numbers["reward_base"])
+    note = str(numbers.get("note", "")).partition(": `")[0]  # without the command
+    figure = figures.frontier(paths, means, limits, numbers["reward_base"], note)
     figures.save(figure, folder / name)
     rows = [
         {"what": method, "run": number, **{key: entry[key] for key in DRAWN}}

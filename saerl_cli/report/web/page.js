@@ -340,9 +340,9 @@ function comparisons() {
     const rows = part.rows, cell = (i, key, form) => interval(rows[i][key], rows[i][`${key}_half`], form);
     section("compare", table({
       name: "Methods at equal KL",
-      caption: `${part.run}: mean over seeds ± half a 95 % interval.${part.baseline ? ` Baseline: ${part.baseline}.` : ""}`,
+      caption: `${part.run}: mean over seeds ± half a 95 % interval.${part.baseline ? ` Baseline: ${part.baseline}.` : ""}${part.note ? ` Note: ${part.note}.` : ""}`,
       columns: [
-        { label: "method", get: (i) => rows[i].method },
+        { label: "method", get: (i) => rows[i].method + (rows[i].measured ? ` (${rows[i].measured})` : "") },
         { label: "seeds", form: "int", get: (i) => rows[i].runs },
         { label: "KL, nats", form: "number", get: (i) => rows[i].kl },
         { label: "gain", form: "number", get: (i) => rows[i].gain, cell: (i) => (rows[i].gain === null ? "not reached" : cell(i, "gain")) },
