@@ -26,7 +26,9 @@ def main(card: Path, comparison: Path, training: list[Path]) -> None:
     if any(record["status"] != "completed" for _, record in records):
         raise SystemExit("unfinished: " + ", ".join(str(p) for p, r in records if r["status"] != "completed"))
     first = records[0][1]
+    file = card / "results.json"
     results = {
+        "status": read(file)["status"] if file.is_file() else "to be judged",  # of the claim, written by hand
         "hardware": HARDWARE,
         "versions": first["versions"],
         "commit": sorted({record["git_commit"] for _, record in records}),
@@ -37,7 +39,7 @@ def main(card: Path, comparison: Path, training: list[Path]) -> None:
         },
     }
     card.mkdir(exist_ok=True)
-    (card / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (card / "curves.csv").write_text((comparison / "figure.csv").read_text())
     (card / "frontier.svg").write_text((comparison / "figure.svg").read_text())
     with (comparison / "table.csv").open() as file:

@@ -61,6 +61,8 @@ def test_card_is_complete_and_its_numbers_are_in_its_results(card):
 # --- the index -------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("card", "question", "result", "seeds", "hardware", "cost, core-hours", "commit", "status")
+VERDICTS = ("holds", "works", "fails", "claim fails", "not resolved", "defined, not run")
+"""How a status begins."""
 RENAMED = {"algo.kl_horizon": "algo.kl_gain", "sae.buffer_tokens": "activations.buffer_tokens"}
 """Settings that resolved configs of older cards still have; in CHANGELOG.md."""
 
@@ -89,6 +91,7 @@ def facts(results: dict) -> dict[str, str]:
         "hardware": f"{cores[1]} CPU cores" if cores else hardware.partition(";")[0] or "–",
         "cost, core-hours": "–" if hours is None else f"{hours:g}",
         "commit": commits[0][:7] + more if commits else "–",
+        "status": results["status"],
     }
 
 
@@ -102,9 +105,9 @@ def test_the_index_says_what_the_card_says(card):
     results = json.loads((card.parent / "results.json").read_text())
     assert {key: row[key] for key in facts(results)} == facts(results)
     assert row["question"].endswith("?")
-    assert row["status"] and row["result"]
-    if results.get("status") == "not run":  # it says so wherever a result would stand, and claims none
-        assert results["runs"] == [] and row["seeds"] == "–" and row["status"].startswith("defined, not run")
+    assert row["result"] and row["status"].startswith(VERDICTS)
+    if results["status"].startswith("defined, not run"):  # it says so wherever a result would stand, and claims none
+        assert results["runs"] == [] and row["seeds"] == "–"
         assert card.read_text().split("## Result\n")[1].startswith("**Not run.**")
         return
     assert results["runs"]
@@ -113,6 +116,13 @@ def test_the_index_says_what_the_card_says(card):
     known |= {f"{float(number.replace(',', '')):.0f}" for number in known if number.count(".") == 1}  # 92.4 as 92
     missing = [n for n in re.findall(r"\d[\d,.]*\d|\d", row["result"]) if n not in known]
     assert not missing, f"the card does not have {missing}"
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_the_index_names_the_cards_without_settings(card):
+    text = (ROOT / "experiments" / "README.md").read_text()
+    named = re.findall(r"\d{3}", text.partition("Without a `config.yaml`:")[2].partition(", benchmarks whose")[0])
+    assert (card.parent / "config.yaml").is_file() == (card.parent.name[:3] not in named)
 
 
 @pytest.mark.parametrize(
