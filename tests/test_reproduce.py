@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 
 from saerl_cli.config import typed
 from saerl_cli.config.pipeline import ExpectConfig, PipelineConfig, StageConfig, load_pipeline
-from saerl_cli.reproduce import engine, verdict
+from saerl_cli.reproduce import devices, engine, places, verdict
 from saerl_cli.reproduce.plan import Task, expected_seconds, known_pipelines, tasks_of
-from saerl_cli.run import lock
+from saerl_cli.run import cluster, lock
 from saerl_cli.run.configs import conf_dir, register_schema
 from saerl_cli.run.files import write_json
 from saerl_cli.run.jobs import JOBS, resolve
@@ -309,6 +309,9 @@ def test_a_record_without_the_metric_is_refused(tmp_path, monkeypatch):
         (["001-demo", "--on", "moon"], "--on must be local or slurm, got moon"),
         (["001-demo", "--jobs", "0"], "--jobs must be >= 1, got 0"),
         (["001-demo", "--out", "file"], "file: File exists; take another --out"),
+        (["002-stories", "model=x", "data=file"], "model=x: there is no such folder; model is a folder with neox"),
+        (["002-stories", "model=file", "data=file", "--dry-run"], "model=file: there is no such folder"),
+        (["002-stories", "model=.", "data=x", "--dry-run"], "data=x: there is no such file; data is a jsonl file with"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(saerl, empty_place, words, message):
@@ -318,6 +321,106 @@ def test_bad_input_is_one_line_and_leaves_nothing(saerl, empty_place, words, mes
     assert done.stderr.startswith("saerl: ") and len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+AT_SCALE = ["reproduce", "020-pythia-at-scale", "text=file", "pairs=file", "prompts=file"]
+
+
+def test_stages_that_need_a_gpu_are_refused_where_there_is_none(saerl, empty_place):
+    pytest.importorskip("snakemake")
+    Path("file").write_text("")
+    refused = saerl(*AT_SCALE, CUDA_VISIBLE_DEVICES="")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "saerl: stage saes/70m needs 1 GPU, and this machine has none; take --on slurm, or --scale small, which shows"
+        " that every stage runs without any\n",
+    )
+    shown = saerl(*AT_SCALE, "--dry-run", CUDA_VISIBLE_DEVICES="")
+    assert shown.returncode == 0, shown.stderr
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_the_small_scale_needs_no_gpu_no_memory_and_no_files_that_it_does_not_read(tmp_path):
+    pipeline = load_pipeline(PIPELINES["020-pythia-at-scale"])
+    given = dict.fromkeys(("text", "pairs", "prompts"), "unused")
+    tasks = [places.brought_down(task) for task in tasks_of(pipeline, tmp_path, given, small=True)]
+    assert {task.config.gpus for task in tasks} == {0}
+    assert max(places.host_gb(task) for task in tasks) <= places.SMALL_GB
+    places.refuse_missing(pipeline, given, tasks)
+    with pytest.raises(ValueError, match="text=unused: there is no such file"):
+        places.refuse_missing(pipeline, given, tasks_of(pipeline, tmp_path, given))
+
+
+def test_slurm_is_asked_for_memory_in_which_the_weights_fit(tmp_path):
+    """6.9 billion parameters in float32 are 27.6 GB; Snakemake would ask for 1 GB where nothing is stated."""
+    given = dict.fromkeys(("text", "pairs", "prompts"), "FILE")
+    tasks = tasks_of(load_pipeline(PIPELINES["020-pythia-at-scale"]), tmp_path, given)
+    plan = engine.plan_of(tasks, tmp_path, {}, "slurm", longest=720)
+    asked = {rule["task"]: rule for rule in plan["tasks"]}
+    assert {rule["mem_mb"] for name, rule in asked.items() if "6.9b" in name} == {80_000}
+    assert asked["evaluation/70m-0.001-0"]["mem_mb"] == 8_000
+    assert asked["saes/6.9b"]["runtime"] == 720, "the day that is asked for where time is unknown, or what there is"
+    (unstated,) = tasks_of(pipeline_of(a={"command": "rlhf", "gpus": 1, "memory_gb": 67}), tmp_path, {})
+    assert places.host_gb(unstated) == 67
+    assert not asked["saes/6.9b"]["command"].startswith("env CUDA") and "devices" not in asked["saes/6.9b"]["command"]
+
+
+NODES = [
+    cluster.Node("cpu", True, 8, 16.0, 0, 120.0),
+    cluster.Node("gpu", False, 16, 64.0, 4, 1e9),
+    cluster.Node("big", False, 64, 512.0, 0, 1e9),
+]
+
+
+@pytest.mark.parametrize(
+    "profile, stage, says",
+    [
+        ("", {"gpus": 1}, "stage a needs 1 GPUs, but partition cpu gives a job at most 0; name another partition in a"),
+        ("", {"threads": 9}, "stage a needs 9 CPU cores, but partition cpu gives a job at most 8"),
+        ("", {"memory_gb": 17}, "stage a needs 17 GB of memory, but partition cpu gives a job at most 16"),
+        ("", {"seconds": 3600}, "stage a needs 240 minutes, but partition cpu gives a job at most 120"),
+        ("mine", {"gpus": 5}, "but partition big or cpu or gpu gives a job at most 4"),
+        ("mine", {"gpus": 1, "host_gb": 100}, "needs 1 CPU cores, 1 GPUs, 100 GB of memory, but no node of partition"),
+        ("mine", {"gpus": 4, "host_gb": 64}, None),
+        ("", {"threads": 8}, None),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(tmp_path, monkeypatch, profile, stage, says):
+    monkeypatch.setattr(cluster, "nodes", lambda *_: tuple(NODES))
+    monkeypatch.delenv("SNAKEMAKE_PROFILE", raising=False)
+    if profile:
+        monkeypatch.setenv("SNAKEMAKE_PROFILE", profile)
+    tasks = tasks_of(pipeline_of(a={"command": "rlhf", **stage}), tmp_path, {})
+    minutes = {task.name: engine.expected_limit(task) for task in tasks}
+    if says is None:
+        assert places.refuse_too_small_cluster(tasks, minutes) == (1e9 if profile else 120.0)
+        return
+    with pytest.raises(ValueError) as refused:
+        places.refuse_too_small_cluster(tasks, minutes)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "sinfo, says",
+    [
+        (
+            None,
+            "--on slurm: there is no sbatch on this machine; start the command on a machine of the cluster, or take",
+        ),
+        ("echo 'sinfo: error: no controller' >&2; exit 1", "Slurm does not answer (sinfo: error: no controller);"),
+        ("echo 'cpu*|8|500|(null)|2:00:00'", "GB of memory, but partition cpu gives a job at most 0.48828"),
+    ],
+)
+def test_a_cluster_that_is_not_there_or_too_small_is_refused(saerl, empty_place, tmp_path_factory, sinfo, says):
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    commands = tmp_path_factory.mktemp("bin")
+    for name in ("sbatch", "sinfo") if sinfo else ():
+        (commands / name).write_text(f"#!/bin/sh\n{sinfo}\n")
+        (commands / name).chmod(0o755)
+    refused = saerl("reproduce", "001-demo", "--on", "slurm", PATH=f"{commands}:/bin:/usr/bin")
+    assert refused.returncode == 2
+    assert says in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert not list(Path().iterdir())
 
 
 def test_without_snakemake_the_extra_is_named_and_a_dry_run_works(saerl, empty_place):
@@ -453,6 +556,44 @@ def test_the_others_go_on_past_a_failure_and_only_what_is_missing_is_done_again(
     done = {name: (tmp_path / name).read_text().count("x") for name in lines}
     assert done == {"good": 1, "bad": 2, "after_good": 1, "after_bad": 1}
     assert "2 of 4 stages are finished already" in capsys.readouterr().err
+
+
+def test_stages_with_a_gpu_run_side_by_side_each_on_its_own(tmp_path, monkeypatch):
+    """Each of two waits until both have begun; a third, without a GPU, sees none."""
+    pytest.importorskip("snakemake")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    monkeypatch.setattr(devices, "folder", lambda: tmp_path / "locks")
+    both = f"touch {tmp_path}/$NAME; until test -e {tmp_path}/a && test -e {tmp_path}/b; do sleep 0.1; done"
+    tell = 'echo "[$CUDA_VISIBLE_DEVICES]"'
+    lines = {name: (f"NAME={name}; {both}; {tell}", []) for name in "ab"} | {"c": (tell, [])}
+    tasks = [
+        replace(task, config=replace(task.config, gpus=int(task.name != "c")))
+        for task in shell_tasks(tmp_path / "out", **lines)
+    ]
+    outcome = run_in(tmp_path / "out", tasks)
+    assert names(outcome.finished) == ["a", "b", "c"]
+    seen = [engine.log_of(task, tmp_path / "out").read_text().strip() for task in tasks]
+    assert sorted(seen[:2]) == ["[5]", "[GPU-7]"] and seen[2] == "[]"
+
+
+def test_a_gpu_is_given_back_however_its_stage_ends(tmp_path):
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "3,4", "PYTHONPATH": str(ROOT)}
+
+    def stage(count: int, line: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "saerl_cli.reproduce.devices", str(count), str(tmp_path), "sh", "-c", line]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    with stage(1, 'echo "$CUDA_VISIBLE_DEVICES"; exec sleep 600') as first:
+        assert first.stdout is not None and first.stdout.readline() == "3\n"
+        with stage(2, 'echo "$CUDA_VISIBLE_DEVICES"') as both:
+            assert both.stderr is not None and "waiting for 2 GPUs" in both.stderr.readline()
+            with stage(1, 'echo "$CUDA_VISIBLE_DEVICES"') as other:
+                assert other.communicate(timeout=30)[0] == "4\n", "what cannot have all holds none of them"
+            first.kill()
+            assert both.communicate(timeout=30)[0] == "3,4\n"
+    with stage(3, "true") as many:
+        said = many.communicate(timeout=30)[1]
+    assert (many.returncode, said) == (1, "saerl: the stage needs 3 GPUs, but this machine has 2\n")
 
 
 @pytest.mark.slow

@@ -32,11 +32,14 @@ class StageConfig:
     threads: int = 1
     """CPU threads of a run; results depend on them in the last bits."""
     gpus: int = 0
-    """GPUs of a run."""
+    """GPUs of a run; on this machine it sees no others, and with 0 none."""
     seconds: float | None = None
     """Expected time of a run, s, as measured for the card; when empty, a dry run shows what `saerl plan` says."""
     memory_gb: float | None = None
     """Expected peak memory of a run, GB; 1 is asked for when empty."""
+    host_gb: Any = None
+    """Memory of the machine that a run needs, GB, where it has a GPU, whose memory `memory_gb` is: a number, or one for
+    every value of one of `each`, {size: {70m: 8, 410m: 16}}."""
 
 
 @dataclass

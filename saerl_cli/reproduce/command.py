@@ -20,6 +20,7 @@ from rich.table import Table
 from saerl_cli.config.pipeline import PipelineConfig, load_pipeline
 from saerl_cli.reproduce import engine, verdict
 from saerl_cli.reproduce.expected import costs_of
+from saerl_cli.reproduce.places import brought_down, refuse_missing
 from saerl_cli.reproduce.plan import Cost, Task, expected_seconds, known_pipelines, memory_gb, tasks_of
 from saerl_cli.run import lock
 from saerl_cli.run.directory import git_state, shown, versions
@@ -69,12 +70,15 @@ def reproduce(
     jobs = jobs or cores()
     out = (out or Path("runs", "reproduce", pipeline.name + "-small" * small)).absolute()
     tasks = tasks_of(pipeline, out, variables, small)
+    tasks = [brought_down(task) for task in tasks] if small else tasks
+    refuse_missing(pipeline, variables, tasks)
     record = None if small or no_compare else verdict.load_record(pipeline)
     if dry_run:
         show_plan(pipeline, tasks, jobs, small)
         return 0
-    engine.check_engine(on)
-    plan = engine.plan_of(tasks, out, {"pipeline": pipeline.name, "scale": scale, "variables": variables})
+    longest = engine.check_engine(on, tasks)
+    facts = {"pipeline": pipeline.name, "scale": scale, "variables": variables}
+    plan = engine.plan_of(tasks, out, facts, on, longest)
     begin(out, tasks, plan)
     try:
         return carry_out(pipeline, tasks, out, jobs, on, record, small)

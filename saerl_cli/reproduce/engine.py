@@ -4,9 +4,9 @@ What happens to a task is read from its folder and its log, so that it shows ali
 """
 
 import contextlib
+import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from saerl_cli.reproduce import devices
+from saerl_cli.reproduce.places import host_gb, refuse_too_few_gpus, refuse_too_small_cluster
 from saerl_cli.reproduce.plan import Task, cost_of
-from saerl_cli.run import lock
+from saerl_cli.run import launch, lock
 from saerl_cli.run.directory import shown
 from saerl_cli.run.files import read_json, write_json
 from saerl_cli.run.progress import say
@@ -26,53 +28,86 @@ from saerl_cli.run.progress import say
 SNAKEFILE = Path(__file__).with_name("Snakefile")
 PLAN = "plan.json"
 POLL_S = 0.3
+DAY_MIN = 1440
 GRACE_S = 30.0
 """How long stages have to end when the command is stopped."""
 
 
-def check_engine(on: str) -> None:
-    """Refuse when Snakemake, or what reaches the cluster, is not installed.
+def check_engine(on: str, tasks: list[Task]) -> float:
+    """Refuse when Snakemake, or what reaches the cluster, is not installed, or tasks need more than there is.
+
+    Returns:
+        The longest time that a job may ask for, minutes.
 
     Raises:
-        ValueError: one line saying what to install.
+        ValueError: one line saying what to install, or to write instead.
     """
+    todo = [task for task in tasks if not task.done.is_file()]
     if find_spec("snakemake") is None:
         raise ValueError("saerl reproduce needs Snakemake: pip install 'saerl[reproduce]'; --dry-run works without")
     if on == "slurm" and find_spec("snakemake_executor_plugin_slurm") is None:
         raise ValueError("--on slurm needs Snakemake's Slurm plugin: pip install 'saerl[reproduce]'")
-    if on == "slurm" and shutil.which("sbatch") is None:
-        raise ValueError("--on slurm: there is no sbatch here; start the command where Slurm's commands are")
+    if on == "slurm":
+        return refuse_too_small_cluster(todo, {task.name: expected_limit(task) for task in todo})
+    refuse_too_few_gpus(todo)
+    return math.inf
 
 
 # --- the plan on disk ------------------------------------------------------------------------------------------------
 
 
-def plan_of(tasks: list[Task], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """What Snakemake reads: `facts` about the reproduction, and every task as a rule."""
+def plan_of(
+    tasks: list[Task], out: Path, facts: dict[str, Any], on: str = "local", longest: float = math.inf
+) -> dict[str, Any]:
+    """What Snakemake reads: `facts` about the reproduction, and every task as a rule.
+
+    Args:
+        tasks: the runs.
+        out: their folder.
+        facts: kept beside the tasks.
+        on: `local` or `slurm`, which gives its jobs GPUs itself.
+        longest: time that a job may ask for, minutes.
+    """
     by_name = {task.name: task for task in tasks}
     rules = [
         {
             "rule": "".join(c if c.isalnum() else "_" for c in task.name),
             "task": task.name,
             "words": task.words,
-            "command": f"cd {shlex.quote(os.getcwd())} && {shlex.join(task.command)}",
+            "command": f"cd {shlex.quote(os.getcwd())} && {shlex.join(with_gpus(task, on))}",
             "needs": [str(by_name[need].done) for need in task.needs],
             "done": str(task.done),
             "log": str(log_of(task, out)),
             "threads": task.config.threads,
             "gpus": task.config.gpus,
-            "mem_mb": round(cost_of(task).memory_gb * 1000),
-            "runtime": time_limit(task),
+            "mem_mb": round(host_gb(task) * 1000),
+            "runtime": time_limit(task, longest),
         }
         for task in tasks
     ]
     return {**facts, "tasks": rules}
 
 
-def time_limit(task: Task) -> int:
-    """Minutes that a cluster is asked for: four times what is expected, half an hour at least; a day where unknown."""
+def with_gpus(task: Task, on: str) -> list[str]:
+    """A task's command with GPUs of its own on this machine, none where it asks for none."""
+    if on != "local":
+        return task.command
+    if not task.config.gpus:
+        return ["env", "CUDA_VISIBLE_DEVICES=", *task.command]
+    own = [sys.executable, "-m", devices.__name__, str(task.config.gpus), str(devices.folder())]
+    return [*own, *task.command]
+
+
+def time_limit(task: Task, longest: float = math.inf) -> int:
+    """Minutes that a cluster is asked for: a day where unknown, or what it gives."""
+    limit = expected_limit(task)
+    return int(min(DAY_MIN, longest)) if limit is None else limit
+
+
+def expected_limit(task: Task) -> int | None:
+    """Four times the minutes that are expected, half an hour at least; None where they are unknown."""
     seconds = cost_of(task).seconds
-    return 1440 if seconds is None else max(30, round(4 * seconds / 60))
+    return None if seconds is None else max(30, round(4 * seconds / 60))
 
 
 def log_of(task: Task, out: Path) -> Path:
@@ -132,7 +167,7 @@ def run_tasks(tasks: list[Task], out: Path, jobs: int, on: str) -> Outcome:
     for task in todo:
         failed_mark(task, out).unlink(missing_ok=True)
         log_of(task, out).unlink(missing_ok=True)
-    with snakemake(tasks, out, jobs, on) as engine:
+    with snakemake(out, jobs, on) as engine:
         watch(todo, out, engine, before=len(tasks) - len(todo), total=len(tasks))
     outcome = Outcome()
     for task in tasks:
@@ -150,15 +185,14 @@ def failed_mark(task: Task, out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def snakemake(tasks: list[Task], out: Path, jobs: int, on: str) -> Iterator[subprocess.Popen]:
+def snakemake(out: Path, jobs: int, on: str) -> Iterator[subprocess.Popen]:
     """Snakemake at work on OUT/plan.json; when the block is left early it and its stages are stopped."""
-    gpus = max((task.config.gpus for task in tasks), default=0)
     words = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--configfile", str(out / PLAN)),
         *("--directory", str(out), "--keep-going", "--rerun-triggers", "mtime", "--workflow-profile", "none"),
         "--nolock",  # the folder has a lock of ours, which tells a dead holder from a living one
         *(["--cores", str(jobs)] if on == "local" else ["--executor", on, "--jobs", str(jobs)]),
-        *(["--resources", f"gpu={gpus}"] if on == "local" else []),
+        *(["--resources", f"gpu={launch.gpus()}"] if on == "local" else []),
     ]
     with (out / "snakemake.log").open("w") as log:
         engine = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)

@@ -88,16 +88,22 @@ def minutes(limit: str) -> float:
 
 
 @functools.cache
-def nodes() -> tuple[Node, ...]:
+def nodes(
+    asked: str = "hydra/launcher=slurm",
+    elsewhere: str = "submit from a machine of the cluster, or take hydra/launcher=joblib",
+) -> tuple[Node, ...]:
     """The cluster's nodes, once a partition that each is in.
+
+    Args:
+        asked: the words that ask for Slurm, for messages.
+        elsewhere: what to do instead, for messages.
 
     Raises:
         ValueError: there is no Slurm, or it does not answer.
     """
-    elsewhere = "submit from a machine of the cluster, or take hydra/launcher=joblib"
     for command in ("sbatch", "sinfo"):
         if shutil.which(command) is None:
-            raise ValueError(f"hydra/launcher=slurm: there is no {command} on this machine; {elsewhere}")
+            raise ValueError(f"{asked}: there is no {command} on this machine; {elsewhere}")
     question = ["sinfo", "--noheader", "--Node", "-o", "%P|%c|%m|%G|%l"]
     try:
         found = subprocess.run(question, capture_output=True, text=True, timeout=TIMEOUT_S)

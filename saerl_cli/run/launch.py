@@ -116,11 +116,16 @@ def cores() -> int:
 
 def gpus() -> int:
     """NVIDIA GPUs this process may use, without importing torch."""
+    return len(gpu_names())
+
+
+def gpu_names() -> list[str]:
+    """The same GPUs, as CUDA_VISIBLE_DEVICES calls them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     folder = Path("/proc/driver/nvidia/gpus")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    return [str(number) for number in range(len(list(folder.iterdir())))] if folder.is_dir() else []
 
 
 def wait_for_slurm() -> None:
