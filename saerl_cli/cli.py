@@ -14,6 +14,8 @@ app = typer.Typer(
     help="RLHF restricted to sparse-autoencoder feature coefficients, so that what it taught can be read.",
     epilog="A job is resumed by repeating its command with hydra.run.dir=DIR; `saerl runs` prints that command.",
 )
+INTERRUPTED = 130
+"""What Typer makes of a `KeyboardInterrupt`, without a word."""
 HYDRA = {"ignore_unknown_options": True}  # lets -m, --cfg job, --config-dir DIR through to Hydra
 
 
@@ -215,11 +217,10 @@ def reproduce(
     Finished stages are skipped, also after a kill: repeat the command. Exit code 0 when everything agrees.
     """
     from saerl_cli.reproduce.command import reproduce as work
-    from saerl_cli.run.bridge import refuse, stoppable
+    from saerl_cli.run.bridge import refuse
 
     try:
-        with stoppable():
-            code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
+        code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
     except ValueError as error:
         refuse(error)
     except OSError as error:  # a full disk
@@ -317,8 +318,14 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     usage_error: Any = typer.BadParameter.__mro__[1]  # typer shows the class only under private names
+    from saerl_cli.run.stopping import stoppable
+
     try:
-        sys.exit(app(prog_name="saerl", standalone_mode=False))
+        with stoppable():
+            code = app(prog_name="saerl", standalone_mode=False)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+        sys.exit(code)
     except usage_error as error:
         typer.echo(f"saerl: {error.format_message()} (saerl --help)", err=True)
         sys.exit(2)

@@ -43,6 +43,9 @@ class StubConfig:
 
 
 def check(config: StubConfig) -> None:
+    if "SAERL_TEST_HANG_CHECK" in os.environ:
+        Path(os.environ["SAERL_TEST_HANG_CHECK"]).touch()
+        time.sleep(600)
     refuse_unless(config.seed != 13, "seed=13 is unlucky; write seed=14")
 
 

@@ -1,5 +1,6 @@
 """Commands, workers and what happens when they end badly, with the job of stub_command.py. About 3 s a command."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from saerl_cli.config.groups import LaunchConfig, Precision, Sharding
 from saerl_cli.run import launch, lock, worker
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, write_json
+from saerl_cli.run.stopping import stoppable
 
 STUB = [sys.executable, str(Path(__file__).parent / "stub_command.py")]
 
@@ -220,7 +222,10 @@ def test_a_run_writes_its_directory_and_is_not_done_twice():
     assert Run.load("out").record == run.record
     another_job = stub("stub_here", "hydra.run.dir=out", "seed=1")
     assert another_job.returncode == 2
-    assert "is a run of saerl stub" in another_job.stderr
+    assert "is a run of saerl stub; take another hydra.run.dir" in another_job.stderr
+    record = read_json(Path("out/run.json"))
+    write_json(Path("out/run.json"), record | {"job": "train_lm"})
+    assert "out is a run of saerl train-lm; take another" in stub("stub", "hydra.run.dir=out", "seed=1").stderr
 
 
 def test_a_failure_is_one_line_exit_1_and_resumes():
@@ -345,6 +350,67 @@ def test_a_signal_stops_the_workers_and_says_how_to_continue(number):
     assert below
     assert not alive(below)
     assert not [path for path in Path("out").rglob("*partial*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", [("stub", "hydra.run.dir=some/where"), ("stub", "-m", "seed=1,2")])
+def test_a_signal_during_the_checks_is_one_line_and_leaves_nothing(words, number):
+    env = os.environ | {"SAERL_TEST_HANG_CHECK": "checking"}
+    with subprocess.Popen([*STUB, *words], stderr=subprocess.PIPE, text=True, env=env) as command:
+        for _ in until(60):
+            if Path("checking").exists():
+                break
+        command.send_signal(number)
+        said = command.communicate(timeout=30)[1]
+    assert (command.returncode, said) == (1, "saerl: interrupted\n")
+    assert [path.name for path in Path().iterdir()] == ["checking"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_imports_is_one_line(number):
+    """Of commands without a run directory; a torch that never comes stands for one that takes its time."""
+    Path("site").mkdir()
+    Path("site/torch.py").write_text("import pathlib, time; pathlib.Path('importing').touch(); time.sleep(600)")
+    path = os.pathsep.join(["site", os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-m", "saerl_cli.cli", "plan", "rlhf"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as saerl:
+        for _ in until(60):
+            if Path("importing").exists():
+                break
+        assert Path("importing").exists()
+        saerl.send_signal(number)
+        said = saerl.communicate(timeout=30)[1]
+    assert (saerl.returncode, said) == (1, "saerl: interrupted\n")
+
+
+@pytest.mark.parametrize("before, ends", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_ends_a_command_unless_it_runs_under_nohup(before, ends):
+    saved = signal.signal(signal.SIGHUP, before)
+    try:
+        with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext(), stoppable(), stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, saved)
+
+
+def test_a_run_that_is_interrupted_before_it_begins_leaves_no_directory(monkeypatch, capfd):
+    from stub_command import register
+
+    from saerl_cli.run import bridge
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    register()
+    Path("there").mkdir()
+    for folder in ("some/where", "there"):
+        monkeypatch.setattr(bridge, "call_hydra", interrupted)
+        with pytest.raises(SystemExit) as end:
+            bridge.run("stub_here", [f"hydra.run.dir={folder}"])
+        assert (end.value.code, capfd.readouterr().err) == (1, "saerl: interrupted\n")
+    assert [path.name for path in Path().iterdir()] == ["there"]
 
 
 def test_a_run_in_use_is_refused_and_a_killed_one_resumes():

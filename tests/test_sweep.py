@@ -2,12 +2,14 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY_WORDS
 
@@ -114,12 +116,13 @@ def test_failures_do_not_end_a_sweep_that_runs_in_batches():
     assert [row["status"] for row in rows("out")] == ["completed", "failed", "completed"]
 
 
-def hanging(*words: str) -> "subprocess.Popen[str]":
-    """A sweep of steps=1,2,3 that hangs in its second point."""
+def hanging(*words: str, done: tuple[int, ...] = ()) -> "subprocess.Popen[str]":
+    """A sweep of steps=1,2,3 that hangs in its second point; returned once that has begun and others are done."""
     env = os.environ | {"SAERL_TEST_HANG": "steps=2"}
-    command = subprocess.Popen([*STUB, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = subprocess.Popen([*STUB, *words], text=True, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
     deadline = time.monotonic() + 120
-    while not Path("out/1/run.json").is_file():
+    while not (Path("out/1/run.json").is_file() and all(Run(f"out/{i}").status == "completed" for i in done)):
         assert time.monotonic() < deadline, "the second point did not start"
         time.sleep(0.05)
     return command
@@ -142,17 +145,63 @@ def test_a_killed_sweep_does_the_rest():
     assert done.stderr.splitlines() == ["1 of 3 points are complete already", "done: out/1", "done: out/2"]
 
 
-def test_an_interrupted_sweep_says_how_to_go_on():
-    with hanging(*THREE) as command:
+@pytest.mark.parametrize(
+    "launcher, number, everybody",
+    [
+        ("basic", signal.SIGINT, False),
+        ("joblib", signal.SIGINT, True),
+        ("submitit_local", signal.SIGINT, True),
+        *(
+            pytest.param(launcher, number, everybody, marks=pytest.mark.slow)
+            for launcher, number, everybody in (
+                ("basic", signal.SIGTERM, False),
+                ("basic", signal.SIGINT, True),
+                ("joblib", signal.SIGTERM, False),
+                ("submitit_local", signal.SIGTERM, False),
+                ("submitit_local", signal.SIGINT, False),
+            )
+        ),
+    ],
+)
+def test_an_interrupted_sweep_says_how_to_go_on(launcher, number, everybody):
+    """`everybody`: as ctrl-C on a terminal, which all processes of the command get."""
+    words = (*THREE, f"hydra/launcher={launcher}")
+    with hanging(*words, done=(0,) if launcher == "basic" else (0, 2)) as command:
+        below = psutil.Process(command.pid).children(recursive=True)
         time.sleep(0.5)  # into the point's work
-        command.send_signal(signal.SIGINT)
+        os.killpg(command.pid, number) if everybody else command.send_signal(number)
         out, err = command.communicate(timeout=60)
     assert command.returncode == 1
-    assert "2      3      not started" in out
+    assert "Traceback" not in err and "interrupted" not in "".join(err.splitlines()[:-1]), err
+    left = "2 of 3 points are not complete: 1 (interrupted), 2 (not started)"
+    if launcher != "basic":
+        left = "1 of 3 points are not complete: 1 (interrupted)"
     assert err.splitlines()[-1] == (
-        "saerl: 2 of 3 points are not complete: 1 (interrupted), 2 (not started);"
-        " continue with: saerl stub-here -m steps=1,2,3 hydra.sweep.dir=out"
+        f"saerl: interrupted: {left};"
+        f" continue with: saerl stub-here -m steps=1,2,3 hydra/launcher={launcher} hydra.sweep.dir=out"
     )
+    assert ["1", "2", "interrupted"] in [row[:3] for row in table(out)]
+    assert not Path("out/1/.lock").exists()
+    assert Path("out/2").exists() == (launcher != "basic")
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+
+
+def test_a_sweep_that_is_interrupted_before_its_first_point_leaves_nothing(monkeypatch, capfd):
+    from stub_command import register
+
+    from saerl_cli.run import bridge
+    from saerl_cli.run.sweep import OnlyMissing
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    register()
+    monkeypatch.setattr(OnlyMissing, "launch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        bridge.run("stub_here", ["-m", "steps=1,2", "hydra.sweep.dir=some/where"])
+    assert (end.value.code, capfd.readouterr().err) == (1, "saerl: interrupted\n")
+    assert not Path("some").exists()
 
 
 def test_two_sweeps_in_one_directory_are_refused():
@@ -164,11 +213,84 @@ def test_two_sweeps_in_one_directory_are_refused():
         assert "two sweeps in one directory; write another hydra.sweep.dir" in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
     another = stub("stub", "-m", "steps=1,2", "hydra.sweep.dir=out")
-    assert (another.returncode, "is a run of saerl stub_here: two sweeps in" in another.stderr) == (2, True)
+    assert (another.returncode, "out is a sweep of saerl stub-here: two sweeps in" in another.stderr) == (2, True)
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     more = stub("stub_here", "-m", "steps=1,2,3", "hydra.sweep.dir=out")  # a longer one is the same, continued
     assert more.returncode == 0, more.stderr
     assert "2 of 3 points are complete already" in more.stderr
+
+
+def everything(folder: str) -> dict[Path, bytes]:
+    """All files below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_point_that_is_noted_and_not_begun_keeps_its_settings():
+    assert stub("stub_here", "-m", "steps=1,2", "hydra.sweep.dir=out").returncode == 0
+    shutil.rmtree("out/1")
+    before = everything("out")
+    refused = stub("stub_here", "-m", "steps=1,7", "hydra.sweep.dir=out")
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "saerl: out/1 is noted with other settings (steps=2, now 7): two sweeps in one directory; write another"
+        " hydra.sweep.dir\n",
+    )
+    shutil.rmtree("out/0")
+    another = stub("stub", "-m", "steps=1,2", "hydra.sweep.dir=out")
+    assert (another.returncode, "out is a sweep of saerl stub-here: two sweeps in" in another.stderr) == (2, True)
+    assert everything("out") == {path: text for path, text in before.items() if path.parts[1] != "0"}
+    same = stub("stub_here", "-m", "seed=0", "steps=range(1,3)", "hydra.sweep.dir=out")  # said otherwise
+    assert same.returncode == 0, same.stderr
+    assert [row["status"] for row in rows("out")] == ["completed"] * 2
+
+
+def test_a_sweep_that_chooses_its_points_is_held_to_those_it_noted(monkeypatch, capfd):
+    from stub_command import register
+
+    from saerl_cli.run import bridge, preflight
+
+    assert stub("stub_here", "-m", "steps=1,2", "hydra.sweep.dir=out").returncode == 0
+    shutil.rmtree("out/1")
+    record = Path("out/sweep.json").read_bytes()
+    register()
+    monkeypatch.setattr(preflight, "is_plain", lambda sweeper: False)  # then the checks foresee no folders
+    with pytest.raises(SystemExit) as end:
+        bridge.run("stub_here", ["-m", "steps=1,7", "hydra.sweep.dir=out"])
+    assert end.value.code == 2
+    assert "out/1 is noted with other settings (steps=2, now 7)" in capfd.readouterr().err
+    assert Path("out/sweep.json").read_bytes() == record and not Path("out/1").exists()
+
+
+def test_a_shorter_repeat_leaves_the_record_alone():
+    words = ("stub_here", "-m", "hydra.sweep.dir=out")
+    first = stub(*words, "steps=1,2,3", SAERL_TEST_FAIL="steps=3")
+    assert first.returncode == 1
+    record = read_json(Path("out/sweep.json"))
+    again = stub(*words, "steps=1")
+    assert (again.returncode, again.stderr) == (0, "out/0 is complete already\n")
+    assert read_json(Path("out/sweep.json")) == record
+    longer = stub(*words, "steps=1,2,3,4")
+    assert longer.returncode == 0, longer.stderr
+    assert read_json(Path("out/sweep.json"))["command"] == "saerl stub-here -m steps=1,2,3,4 hydra.sweep.dir=out"
+
+
+def test_a_sweep_s_directory_is_no_run_s_and_a_run_s_no_sweep_s():
+    assert stub("stub_here", "-m", "steps=1,2", "hydra.sweep.dir=sw").returncode == 0
+    assert stub("stub_here", "hydra.run.dir=run").returncode == 0
+    before = everything(".")
+    single = stub("stub_here", "hydra.run.dir=sw")
+    assert (single.returncode, single.stderr) == (
+        2,
+        "saerl: sw is a sweep (saerl stub-here -m steps=1,2 hydra.sweep.dir=sw); take another hydra.run.dir\n",
+    )
+    sweep = stub("stub_here", "-m", "steps=1,2", "hydra.sweep.dir=run")
+    assert (sweep.returncode, sweep.stderr) == (
+        2,
+        "saerl: run is the directory of a run; write another hydra.sweep.dir\n",
+    )
+    assert everything(".") == before
+    point = stub("stub_here", "steps=2", "hydra.run.dir=sw/1")  # as a point's own record says
+    assert (point.returncode, "sw/1 is complete already" in point.stderr) == (0, True)
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------

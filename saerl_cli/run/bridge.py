@@ -8,14 +8,15 @@ import contextlib
 import io
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 from saerl_cli.run import lock
 from saerl_cli.run.configs import conf_dir, freeze_config_dirs, frozen, register_schema
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.stopping import stoppable
 from saerl_cli.run.words import as_override, expand_sites, split_words
 
 RUNS = {"-m", "--multirun", "-r", "--run", "--config-dir", "-cd"}
@@ -30,7 +31,17 @@ def refuse(message: object) -> NoReturn:
 
 def run(name: str, words: Sequence[str]) -> None:
     """Run a command: `name` is its root config, `words` are everything after the command word."""
-    held = None
+    try:
+        with stoppable():
+            run_words(name, words)
+    except KeyboardInterrupt:  # outside of a run's work, which says more
+        print("saerl: interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def run_words(name: str, words: Sequence[str]) -> None:
+    """Check the words, then have Hydra show something, do a run, or sweep."""
+    folder = None
     try:
         flags, overrides = split_words(words)
         register_schema(name)
@@ -41,21 +52,28 @@ def run(name: str, words: Sequence[str]) -> None:
         if not shows:
             from saerl_cli.run.preflight import preflight
 
-            held, decided = preflight(name, flags, overrides, multirun)
+            folder, decided = preflight(name, flags, overrides, multirun)
             overrides = [*overrides, *decided]
     except ValueError as error:
         refuse(error)
-    if held is not None:
-        overrides = [*overrides, as_override("hydra.run.dir", str(held))]
-    elif not shows:
+    if shows:
+        call_hydra(name, str(conf), [*flags, *overrides], code=2)
+    elif folder is None:
         run_sweep(name, flags, overrides)
-        return
-    try:
-        with stoppable():
-            call_hydra(name, str(conf), [*flags, *overrides], code=2 if shows else 1)
-    finally:
-        if held is not None:
-            lock.release(held)
+    else:
+        run_single(name, str(conf), flags, overrides, folder)
+
+
+def run_single(name: str, conf: str, flags: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
+    """Hold the run directory and do the run."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.held(folder))
+        except ValueError as error:
+            refuse(error)
+        except OSError as error:
+            refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
+        call_hydra(name, conf, [*flags, *overrides, as_override("hydra.run.dir", str(folder))], code=1)
 
 
 def run_sweep(name: str, flags: Sequence[str], overrides: Sequence[str]) -> None:
@@ -66,8 +84,12 @@ def run_sweep(name: str, flags: Sequence[str], overrides: Sequence[str]) -> None
     sweep = Sweep(name, shlex.join(["saerl", name.replace("_", "-"), *words]))
     complete = False
     try:
-        with stoppable(), only_missing(sweep):
+        with only_missing(sweep):
             call_hydra(name, str(frozen(conf_dir())), [*freeze_config_dirs(flags), *overrides], code=1)
+    except KeyboardInterrupt:
+        sweep.interrupt()
+        if sweep.folder is None:  # nothing was begun
+            raise
     finally:
         if sweep.folder is not None:
             complete = sweep.conclude()
@@ -106,24 +128,6 @@ def argv(words: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = saved
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end a run as ctrl-C does: ranks stopped, status written."""
-
-    def stop(number: int, frame: Any) -> NoReturn:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, signal.SIG_IGN)  # once is enough: what follows must not be cut short
-        raise KeyboardInterrupt
-
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    saved = {name: signal.signal(name, stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in saved.items():
-            signal.signal(name, handler)
 
 
 def complete(name: str, words: Sequence[str], incomplete: str) -> list[str]:

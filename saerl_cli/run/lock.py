@@ -43,6 +43,28 @@ def acquire(folder: Path) -> None:
         write_json(folder / LOCK, {"host": host, "slurm_job": job, "command": this_process(), "worker": None})
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run directory, made where it is missing; what was made here is removed again unless a run has begun in it.
+
+    Raises:
+        InUse: a living process holds it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        acquire(folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            release(folder)
+        if made and folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra"}:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in made:  # the deepest first
+            with contextlib.suppress(OSError):  # others have begun something beside it
+                path.rmdir()
+
+
 def join(folder: Path) -> None:
     """Name this process as the worker of the command that holds the lock and started it, itself or by its launcher."""
     above = [process.pid for process in psutil.Process().parents()[:2]]
@@ -59,7 +81,7 @@ def name_worker(folder: Path, pid: int) -> None:
         lock = read_lock(folder)
         if lock is None or lock["command"] != this_process():
             raise InUse(f"{folder} is not locked by this process")
-        write_json(folder / LOCK, lock | {"worker": {"pid": pid, "started": psutil.Process(pid).create_time()}})
+        write_json(folder / LOCK, lock | {"worker": identity(psutil.Process(pid))})
 
 
 def release(folder: Path) -> None:
@@ -128,7 +150,12 @@ def read_lock(folder: Path) -> dict[str, Any] | None:
 
 def this_process() -> dict[str, Any]:
     """Identity of this process: its id, and its start time, because ids are used again."""
-    return {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    return identity(psutil.Process())
+
+
+def identity(process: psutil.Process) -> dict[str, Any]:
+    """A process by its id and its start time."""
+    return {"pid": process.pid, "started": process.create_time()}
 
 
 def lives(process: dict[str, Any]) -> bool:

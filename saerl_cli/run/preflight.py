@@ -1,6 +1,6 @@
 """Refusing before anything happens: compose, type, check. What is wrong becomes one `ValueError` of one line."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from saerl_cli.config.groups import ALL_GPUS
 from saerl_cli.run import cluster, launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
 from saerl_cli.run.directory import Run, shown
-from saerl_cli.run.files import sha256_file
+from saerl_cli.run.files import read_json, sha256_file
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.refusals import readable
+from saerl_cli.run.sweep_table import RECORD, recorded
 from saerl_cli.run.words import sweep_points
 
 MAY_CHANGE = ("launch.threads", "launch.trackers", "activations.prefetch", "activations.cache_gb", "algo.prefix_cache")
 """Settings that may differ when a run is resumed."""
+ANOTHER = "two sweeps in one directory; write another hydra.sweep.dir"
 SAE_WEIGHTS = "sae_weights.safetensors"
 """The file by whose hash a run names an SAE."""
 
@@ -24,10 +26,10 @@ SAE_WEIGHTS = "sae_weights.safetensors"
 def preflight(
     name: str, flags: Sequence[str], overrides: Sequence[str], multirun: bool
 ) -> tuple[Path | None, list[str]]:
-    """Compose every point, build its dataclass, run the command's own checks; lock the directory of a single run.
+    """Compose every point, build its dataclass, run the command's own checks. Nothing is written.
 
     Returns:
-        The locked run directory, None for a sweep, whose points are locked when they start; and words that write down
+        The run directory, None for a sweep, which has one a point; and words that write down
         what this machine decided.
 
     Raises:
@@ -40,24 +42,26 @@ def preflight(
     for_sweeps = [word for word in overrides if word.startswith(("hydra/launcher=", "hydra/sweeper="))]
     if for_sweeps and not multirun:  # Hydra would quietly run the job here
         raise ValueError(f"{for_sweeps[-1]} has no effect without -m; add -m (one job is a sweep of one)")
+    if multirun and all(word.startswith("hydra.") for word in overrides):  # would start a run of the defaults
+        raise ValueError("-m sweeps over values, and no setting has any; write KEY=VALUE,VALUE, or leave -m out")
     search = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in config_dirs(flags))}]"]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             words = list(sweep_points(overrides)) if multirun else [list(overrides)]
             composed = [compose(name, [*search, *point], return_hydra_config=True) for point in words]
         foreseen = not multirun or (len(words[0]) == len(overrides) and is_plain(composed[0].hydra.sweeper))
+        place = Path(composed[0].hydra.sweep.dir).absolute() if multirun else None
         points = [
             as_point(name, cfg, number if multirun else None, foreseen=foreseen) for number, cfg in enumerate(composed)
         ]
+        if place is not None:
+            refuse_run_directory(place)
+            refuse_other_sweep(place, name, {p.folder: p.cfg for p in points if p.folder}, composer(name, search))
         for point in points:  # checks may read files: only once all are well-formed
             check_point(name, point)
         decided = decisions(points)
         folder = points[0].folder
-        if multirun or folder is None:
-            return None, decided
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(folder)
-        return folder, decided
+        return (None if multirun else folder), decided
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
     except OSError as error:
@@ -111,10 +115,25 @@ def as_point(name: str, cfg: Any, number: int | None, foreseen: bool = True) -> 
     return Point(folder, launcher, cfg, typed(cfg, resolve(JOBS[name].schema)), counted)
 
 
+def composer(name: str, search: Sequence[str]) -> Callable[[Sequence[str]], Any]:
+    """A function from words to the settings that they stand for."""
+
+    def composed(words: Sequence[str]) -> Any:
+        from hydra import compose, initialize_config_dir
+
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose(name, [*search, *words])
+
+    return composed
+
+
 def check_point(name: str, point: Point) -> None:
     """Judge a run by its directory, this machine or the cluster, and the job's own check."""
     if point.folder is not None and point.folder.is_dir():
         lock.refuse_if_held(point.folder)
+        if point.launcher is None and (point.folder / RECORD).is_file():
+            again = read_json(point.folder / RECORD)["command"]
+            raise ValueError(f"{shown(point.folder)} is a sweep ({again}); take another hydra.run.dir")
         refuse_other_settings(point.folder, name, point.cfg, in_sweep=point.launcher is not None)
         if Run(point.folder).status == "completed":
             return  # nothing will be done
@@ -153,20 +172,65 @@ def refuse_other_settings(folder: Path, name: str, cfg: Any, in_sweep: bool = Fa
     earlier_file = folder / ".hydra" / "config.yaml"
     job_before = Run(folder).record.get("job", name)
     if job_before != name:
-        what = f"{shown(folder)} is a run of saerl {job_before}"
+        what = f"{shown(folder)} is a run of saerl {job_before.replace('_', '-')}"
         if in_sweep:
-            raise SweepRefused(f"{what}: two sweeps in one directory; write another hydra.sweep.dir")
+            raise SweepRefused(f"{what}: {ANOTHER}")
         raise ValueError(f"{what}; take another hydra.run.dir")
     if not earlier_file.is_file():
         return
-    before, now = OmegaConf.load(earlier_file), OmegaConf.create(OmegaConf.to_yaml(cfg))
-    changed = [key for key in differing(flat(before), flat(now)) if key not in MAY_CHANGE]
+    before = OmegaConf.load(earlier_file)
+    changed = changed_settings(before, cfg)
     if changed:
-        was, given = (OmegaConf.select(which, changed[0]) for which in (before, now))
+        was, given = (OmegaConf.select(which, changed[0]) for which in (before, cfg))
         what = f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given})"
         if in_sweep:
-            raise SweepRefused(f"{what}: two sweeps in one directory; write another hydra.sweep.dir")
+            raise SweepRefused(f"{what}: {ANOTHER}")
         raise ValueError(f"{what}; repeat its command to resume it, or take another hydra.run.dir")
+
+
+def refuse_run_directory(place: Path) -> None:
+    """Refuse to sweep inside the directory of a single run."""
+    if (place / "run.json").is_file():
+        raise ValueError(f"{shown(place)} is the directory of a run; write another hydra.sweep.dir")
+
+
+def refuse_other_sweep(
+    place: Path, name: str, points: Mapping[Path, Any], composed: Callable[[Sequence[str]], Any]
+) -> None:
+    """Refuse points that the sweep of this directory has noted with other settings, though nothing has begun them.
+
+    Args:
+        place: the sweep's directory.
+        name: root config of the command.
+        points: folder -> settings, of the points that are asked for.
+        composed: what makes settings of a noted point's words.
+
+    Raises:
+        SweepRefused: the message names a point and what differs.
+    """
+    from omegaconf import OmegaConf
+
+    noted = recorded(place)
+    if noted and (job := read_json(place / RECORD)["job"]) != name:
+        raise SweepRefused(f"{shown(place)} is a sweep of saerl {job.replace('_', '-')}: {ANOTHER}")
+    for folder, cfg in points.items():
+        if folder not in noted or (folder / ".hydra" / "config.yaml").is_file():  # which tells itself
+            continue
+        before = composed(noted[folder])
+        changed = changed_settings(before, cfg)
+        if changed:
+            was, given = (OmegaConf.select(which, changed[0]) for which in (before, cfg))
+            raise SweepRefused(
+                f"{shown(folder)} is noted with other settings ({changed[0]}={was}, now {given}): {ANOTHER}"
+            )
+
+
+def changed_settings(before: Any, now: Any) -> list[str]:
+    """Settings that differ though they may not; of two configs."""
+    from omegaconf import OmegaConf
+
+    one, two = (flat(OmegaConf.create(OmegaConf.to_yaml(cfg))) for cfg in (before, now))
+    return [key for key in differing(one, two) if key not in MAY_CHANGE]
 
 
 def refuse_changed_saes(folder: Path) -> None:

@@ -13,14 +13,17 @@ import contextlib
 import importlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.run import cluster, launch
+import psutil
+
+from saerl_cli.run import cluster, launch, lock
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import read_json
-from saerl_cli.run.preflight import SweepRefused, refuse_other_settings, run_dir
+from saerl_cli.run.preflight import SweepRefused, refuse_other_settings, refuse_other_sweep, run_dir
 from saerl_cli.run.progress import say
 from saerl_cli.run.sweep_table import RECORD, table, write_record
 from saerl_cli.run.words import as_override
@@ -37,6 +40,10 @@ class Sweep:
     def __init__(self, name: str, command: str):
         self.name, self.command = name, command
         self.folder: Path | None = None
+        """The sweep's directory, once points are about to run in it."""
+        self.place: Path | None = None
+        """The same from the start."""
+        self.interrupted = False
         self.points: dict[Path, list[str]] = {}
         """Folder -> overrides, of the points that this command asked for."""
 
@@ -52,6 +59,22 @@ class Sweep:
         word = as_override("hydra.sweep.dir", str(shown(self.folder)))
         return write_record(self.folder, self.name, f"{self.command} {word}", self.points)
 
+    def interrupt(self) -> None:
+        """End what does points here, and write into their directories that they were interrupted."""
+        self.interrupted = True
+        end_children()
+        if self.folder is None and self.place is not None:
+            discard(self.place)
+        for folder in self.points:
+            run = Run(folder)
+            if run.status != "running" and lock.read_lock(folder) is None:
+                continue
+            with contextlib.suppress(lock.InUse, OSError):  # a job on a cluster goes on
+                lock.acquire(folder)
+                if run.status == "running":
+                    run.end("interrupted", "interrupted")
+                lock.release(folder)  # also one that its killed holder left
+
     def conclude(self) -> bool:
         """Print the table; one line more when points are not complete. Returns whether all are."""
         if self.folder is None:  # stopped before the first point
@@ -63,8 +86,30 @@ class Sweep:
         if left:
             listed = ", ".join(f"{record['point']} ({why(record)})" for record in left)
             again = read_json(self.folder / RECORD)["command"]
-            say(f"saerl: {len(left)} of {len(mine)} points are not complete: {listed}; continue with: {again}")
+            how = "interrupted: " * self.interrupted
+            say(f"saerl: {how}{len(left)} of {len(mine)} points are not complete: {listed}; continue with: {again}")
         return not left
+
+
+def discard(place: Path) -> None:
+    """Remove a sweep's directory in which nothing has begun: Hydra's own file is all that is in it."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in place.iterdir()} == {"multirun.yaml"}:
+            (place / "multirun.yaml").unlink()
+        os.removedirs(place)
+
+
+def end_children() -> None:
+    """Kill the processes that a launcher started here and what those started; their results are written atomically."""
+    killed = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(process.cmdline()):  # joblib's, which cleans up after the others
+                killed.append(lock.identity(process))
+                process.kill()
+    deadline = time.monotonic() + launch.GRACE_S
+    while any(map(lock.lives, killed)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def why(record: dict[str, Any]) -> str:
@@ -87,6 +132,7 @@ class OnlyMissing:
     def __init__(self, inner: Any, sweep: Sweep, parts: dict[str, Any]):
         self.inner, self.sweep = inner, sweep
         self.loader, self.config = parts["hydra_context"].config_loader, parts["config"]
+        sweep.place = Path(self.config.hydra.sweep.dir).absolute()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
         """Run the points that are not complete.
@@ -100,6 +146,8 @@ class OnlyMissing:
         composed = [self.compose(overrides, initial_job_idx + number) for number, overrides in enumerate(job_overrides)]
         for folder, cfg in composed:
             refuse_other_settings(folder, self.sweep.name, cfg, in_sweep=True)
+        place = Path(self.config.hydra.sweep.dir).absolute()
+        refuse_other_sweep(place, self.sweep.name, dict(composed), lambda words: self.compose(words, 0)[1])
         folders = [folder for folder, _ in composed]
         missing = [
             [*overrides, as_override("hydra.sweep.subdir", os.path.relpath(folder, self.config.hydra.sweep.dir))]
@@ -109,7 +157,7 @@ class OnlyMissing:
         if missing:
             refuse_waiting(self.config.hydra)
         self.sweep.plan(
-            Path(self.config.hydra.sweep.dir).absolute(),
+            place,
             {folder: task_words(words) for folder, words in zip(folders, job_overrides, strict=True)},
         )
         if done := len(folders) - len(missing):

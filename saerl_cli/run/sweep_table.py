@@ -18,15 +18,24 @@ COLUMNS = 6
 
 
 def write_record(folder: Path, name: str, command: str, points: dict[Path, list[str]]) -> list[dict[str, Any]]:
-    """Write SWEEP/sweep.json and sweep.csv; points that an earlier start noted are kept."""
+    """Write SWEEP/sweep.json and sweep.csv; points of earlier starts are kept, and their command if it had more."""
     file = folder / RECORD
-    before = read_json(file)["points"] if file.is_file() else []
-    known = {(folder / record["point"]).absolute(): record["overrides"] for record in before} | points
+    before = recorded(folder)
+    known = before | points
+    if points.keys() < before.keys():  # a part of the sweep is done again
+        command = read_json(file)["command"]
     records = [record_of(folder, point, overrides) for point, overrides in known.items()]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {"job": name, "command": command, "points": records})
     write_text(folder / TABLE, as_csv(records))
     return records
+
+
+def recorded(folder: Path) -> dict[Path, list[str]]:
+    """Folder -> overrides of the points that a sweep's directory has noted, begun or not; empty where it is none."""
+    file = folder / RECORD
+    points = read_json(file)["points"] if file.is_file() else []
+    return {(folder / record["point"]).absolute(): record["overrides"] for record in points}
 
 
 def refreshed(folder: Path) -> list[dict[str, Any]] | None:
@@ -35,8 +44,7 @@ def refreshed(folder: Path) -> list[dict[str, Any]] | None:
     file = folder / RECORD
     if not file.is_file():
         return None
-    found = read_json(file)
-    points = {folder / record["point"]: record["overrides"] for record in found["points"]}
+    found, points = read_json(file), recorded(folder)
     with contextlib.suppress(OSError):  # somebody else's
         return write_record(folder, found["job"], found["command"], points)
     return [record_of(folder, point, overrides) for point, overrides in points.items()]

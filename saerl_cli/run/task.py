@@ -49,8 +49,10 @@ def job(cfg: Any) -> float | None:
         run.end(status, message)
     restore_terminal()
     single = hydra.mode == RunMode.RUN
+    if status == "interrupted" and not single:
+        raise KeyboardInterrupt  # ends the sweep, which says what is left
     say(f"saerl: {message}; continue with: {command}")
-    if status == "interrupted" or single:
+    if single:
         raise SystemExit(1)
     raise launch.WorkFailed(message)  # the other points of the sweep still run
 
