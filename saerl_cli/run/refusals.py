@@ -33,7 +33,11 @@ def readable(error: Exception, name: str, schema: type) -> str:
     if option := re.search(r"Could not find '(.+)/(.+)'", text):
         listed = text.partition("Available options in")[2].partition("Config search path")[0].split()[1:]
         options = f"; options are {', '.join(sorted(listed, key=natural))}" if listed else ""
-        return f"there is no {option[1]}={option[2]}{options}"
+        return f"there is no {option[1]}={option[2]}{options}{counted(option[1], option[2])}"
+    if group := re.search(r"To append to your default list use \+([\w/]+)=(\S+)", text):
+        if group[1] == "launch":
+            return f"{command} runs in one process; leave launch={group[2]} out"
+        return f"{command} has no group {group[1]}; leave {group[1]}={group[2]} out ({command} --help lists its groups)"
     if ambiguous := re.search(r"Ambiguous value for argument '(.+?)=(.+)'", text):
         key, value = ambiguous.groups()
         return f"{key}={value} is a sweep: add -m, or write a list as {key}=[{value}]"
@@ -55,6 +59,14 @@ def readable(error: Exception, name: str, schema: type) -> str:
     if key:
         return f"{key}: {str(error).splitlines()[0]}"
     return text
+
+
+def counted(group: str, option: str) -> str:
+    """What to write for a number of processes that has no preset, as part of a message; else empty."""
+    found = re.fullmatch(r"(gpu|cpu)_([1-9]\d*)", option)
+    if group != "launch" or found is None:
+        return ""
+    return f", or launch.num_processes={found[2]}" + " launch.cpu=true" * (found[1] == "cpu")
 
 
 def natural(name: str) -> list[Any]:
