@@ -362,6 +362,9 @@ def test_slurm_is_asked_for_memory_in_which_the_weights_fit(tmp_path):
     assert asked["saes/6.9b"]["runtime"] == 720, "the day that is asked for where time is unknown, or what there is"
     (unstated,) = tasks_of(pipeline_of(a={"command": "rlhf", "gpus": 1, "memory_gb": 67}), tmp_path, {})
     assert places.host_gb(unstated) == 67
+    half = pipeline_of(a={"command": "rlhf", "each": {"size": ["70m", "1b"]}, "host_gb": {"size": {"70m": 8}}})
+    with pytest.raises(ValueError, match="stage a/1b: host_gb says nothing of size=1b"):
+        engine.plan_of(tasks_of(half, tmp_path, {}), tmp_path, {})
     assert not asked["saes/6.9b"]["command"].startswith("env CUDA") and "devices" not in asked["saes/6.9b"]["command"]
 
 

@@ -30,10 +30,15 @@ def host_gb(task: Task) -> float:
 
     Where nothing is stated that of the card; with a GPU, whose memory that is, at least as much, since what is on the
     GPU was read through the machine's memory.
+
+    Raises:
+        ValueError: what is stated leaves out the task's value.
     """
     stated = task.config.host_gb
     if isinstance(stated, dict):
         key, sizes = next(iter(stated.items()))
+        if task.values.get(key) not in sizes:
+            raise ValueError(f"stage {task.name}: host_gb says nothing of {key}={task.values.get(key)}")
         stated = sizes[task.values[key]]
     if stated is not None:
         return float(stated)
