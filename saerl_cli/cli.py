@@ -1,5 +1,6 @@
 """The command line: Typer reads the command word and its flags, Hydra every word after it."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -296,7 +297,8 @@ def runs(
     if watch:
         from saerl_cli.run.watching import watch as watch_runs
 
-        watch_runs(folders or [Path("runs")])
+        with contextlib.suppress(KeyboardInterrupt):  # how one leaves it
+            watch_runs(folders or [Path("runs")])
     typer.echo(listing(folders or [Path("runs")]))
 
 

@@ -213,6 +213,20 @@ def test_runs_are_listed_with_status_numbers_and_resume_command(saerl):
     assert "killed rlhf 2026-01-02T03:04 runs/rlhf/c\n resume: saerl rlhf hydra.run.dir=runs/rlhf/c\n" in text
 
 
+def test_ctrl_c_ends_a_watch_with_the_list(empty_place, monkeypatch, capsys):
+    from saerl_cli import cli
+    from saerl_cli.run import watching
+
+    def interrupted(folders: list[Path]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching, "watch", interrupted)
+    monkeypatch.setattr("sys.argv", ["saerl", "runs", "--watch"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code or 0, capsys.readouterr().out) == (0, "no runs in runs\n")
+
+
 def test_what_is_no_run_is_refused_by_report_and_runs(saerl):
     for words, says in ((["report", "nowhere"], "there is no folder"), (["runs", "nowhere"], "there is no folder")):
         refused = saerl(*words)

@@ -119,6 +119,41 @@ def test_train_lm_goes_on_to_the_bit_where_a_rank_was_killed(saerl, text):
     assert read_jsonl(Path("whole/metrics.jsonl")) == read_jsonl(Path("killed/metrics.jsonl"))
 
 
+# --- train-sae -------------------------------------------------------------------------------------------------------
+
+
+def test_train_sae_in_two_processes_goes_on_to_the_bit_where_it_was_killed(saerl, tiny_world_model):
+    """SIGKILL of the command with everything below it, between two checkpoints, twice."""
+    words = (
+        *("train-sae", *TINY_WORDS, "site=[mlp_out.1,resid_post.0]", "launch=cpu_2", "activations.buffer_tokens=1024"),
+        *("sae.tokens=128000", "sae.batch_size=256", "sae.lr=1e-2", "sae.dead_after_tokens=2000"),
+        *("sae.resample_every_tokens=2560", "eval_tokens=1500", "log_every=5", "checkpoint_every=10"),
+    )
+    whole = saerl(*words, "hydra.run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert Run("whole").record["num_processes"] == 2
+    for lines in (3, 40):
+        command = [sys.executable, "-m", "saerl_cli.cli", *words, "hydra.run.dir=killed"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 240
+            while len(read_jsonl(Path("killed/metrics.jsonl"))) < lines:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            below = psutil.Process(process.pid).children(recursive=True)
+            for one in (psutil.Process(process.pid), *below):
+                one.kill()
+        assert len(below) == 3, "the launcher and two ranks"
+    assert Run("killed").status == "running"
+    again = saerl(*words, "hydra.run.dir=killed")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step" in again.stderr
+    for site in ("mlp_out.1", "resid_post.0"):
+        files = [Path(run, "sae", site, "sae_weights.safetensors").read_bytes() for run in ("whole", "killed")]
+        assert files[0] == files[1], site
+    assert Path("whole/metrics.jsonl").read_bytes() == Path("killed/metrics.jsonl").read_bytes()
+    same(*(read_json(Path(run, "summary.json")) for run in ("whole", "killed")), rel=0)
+
+
 # --- eval-sae --------------------------------------------------------------------------------------------------------
 
 

@@ -40,9 +40,10 @@ def test_two_processes_learn_what_one_learns(tmp_path, adapter, algo):
     for name, tensor in one.items():
         assert (tensor - two[name]).abs().max() < 2e-4, name
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    for a, b in zip(first, second, strict=True):
+    for phase, (a, b) in enumerate(zip(first, second, strict=True)):
+        close = {"rel": 1e-3, "abs": 1e-5} if phase else {"rel": 1e-5, "abs": 1e-6}  # learning amplifies the last bits
         for key in a.keys() - {"seconds", "tokens_per_second", "samples_per_second"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-2, abs=2e-4), key
+            assert a[key] == pytest.approx(b[key], **close), f"phase {phase}: {key}"
     assert first[-1].get("kl", 1) != 0 and first[-1]["grad_norm"] > 0
 
 
