@@ -251,6 +251,7 @@ def test_a_split_model_is_held_in_parts():
         at_once = command.estimate(
             "rlhf", composed("rlhf", [*adapter, *words, "launch.gather_for_sampling=true"]), [], None
         )
+        assert any("split weights" in note for note in command.described(split, machine.published("h200"))["notes"])
         (sampling,) = [phase for phase in at_once.phases if phase.name == "generation"]
         assert sampling.holds["the other blocks"] == 4 * (shape.layers - 1) * shape.block
     sae = [estimate_sae(composed("train_sae", launch)).stays for launch in (["launch=cpu_2"], words)]

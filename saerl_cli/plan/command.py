@@ -18,6 +18,9 @@ ON_HOST = ("text", "examples")
 BUDGET_S = 55.0
 """Seconds after which no further piece is timed."""
 
+SPLIT = ["times leave out that split weights are gathered from the other processes in every pass"]
+"""Said of a split model."""
+
 
 def plan(
     command: str,
@@ -124,7 +127,11 @@ def described(found: Estimate, machine: Machine) -> dict[str, Any]:
         "seconds": seconds,
         "timed_share": machine.timed(every),
         "disk_bytes": {name: round(size) for name, size in found.disk.items() if size},
-        "notes": [*found.notes, *assumptions(machine, every, libraries)],
+        "notes": [
+            *found.notes,
+            *assumptions(machine, every, libraries),
+            *(SPLIT if "gathered weights" in stays else []),
+        ],
         "pieces": {part.key: machine.seconds(part) for _, part in every},
     }
 
