@@ -420,7 +420,7 @@ def test_a_cluster_that_is_not_there_or_too_small_is_refused(saerl, empty_place,
     for name in ("sbatch", "sinfo") if sinfo else ():
         (commands / name).write_text(f"#!/bin/sh\n{sinfo}\n")
         (commands / name).chmod(0o755)
-    refused = saerl("reproduce", "001-demo", "--on", "slurm", PATH=f"{commands}:/bin:/usr/bin")
+    refused = saerl("reproduce", "001-demo", "--on", "slurm", PATH=str(commands))  # this machine may have a Slurm
     assert refused.returncode == 2
     assert says in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert not list(Path().iterdir())
