@@ -100,7 +100,7 @@ def locate(config: ModelConfig) -> Path:
         ValueError: no such folder or Hub model, no network, or files that are missing.
     """
     if config.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_model
+        from saerl_cli.planted.cache import planted_model
 
         return planted_model(config.world)
     if config.kind is ModelKind.hub:
@@ -121,7 +121,7 @@ def describe(config: ModelConfig) -> SimpleNamespace:
         ValueError: as `locate`, and a tokenizer that does not belong to the model.
     """
     if config.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_shape
+        from saerl_cli.planted.cache import planted_shape
 
         return SimpleNamespace(**{"model_type": "gpt_neox", **planted_shape(config.world)})
     folder = _hub_folder(config, ["*.json"]) if config.kind is ModelKind.hub else locate(config)
@@ -455,7 +455,7 @@ def output_tensor(output: Any) -> "Tensor":
 def known_sha256(model: ModelConfig) -> str | None:
     """Hash of the model's weights where it can be had at once, else None: it is compared at loading then."""
     if model.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_folder
+        from saerl_cli.planted.cache import planted_folder
 
         folder = planted_folder(model.world)
     else:

@@ -51,7 +51,7 @@ def shared_data() -> Path:
 def tiny_world_model() -> Path:
     """Folder of a tiny planted model, trained once and kept in .cache/tests."""
     from saerl_cli.config.groups import WorldConfig
-    from saerl_cli.world.cache import planted_model
+    from saerl_cli.planted.cache import planted_model
 
     return planted_model(WorldConfig(**TINY_WORLD))
 

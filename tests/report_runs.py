@@ -9,7 +9,7 @@ HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ra
 
 
 def constant(kind: str, text: str, reward: float, difference: float, kl: float) -> dict[str, Any]:
-    """A constant completion as `saerl_cli.rl.measuring.baselines` describes it."""
+    """A constant completion as `saerl_cli.rl.evaluation.baselines` describes it."""
     errors = {"reward_se": 0.0, "difference_se": 0.01, "kl_se": 0.1}
     word = text.split()[0] if kind == "token" else None
     found = {"kind": kind, "text": text, "token": word, "reward": reward, "difference": difference, "kl": kl}

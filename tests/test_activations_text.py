@@ -22,10 +22,10 @@ from saerl_cli.activations import (
     token_rows,
 )
 from saerl_cli.activations import tokens as tokens_file
-from saerl_cli.activations.texts import stream_documents
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
+from saerl_cli.data.documents import stream_documents
+from saerl_cli.data.text import Counts, read_documents
 from saerl_cli.models import load_tokenizer, separator_id
-from saerl_cli.world.text import Counts, read_documents
 
 MODEL = ModelConfig(kind=ModelKind.local, path="anywhere")
 TEXTS = [f"we saw film {'good ' * (i % 7)}. it was number {i} ." for i in range(40)]
@@ -208,7 +208,7 @@ def test_malformed_files_are_refused_by_name(tmp_path, name, content, message):
 
 
 def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
-    from saerl_cli.world import text
+    from saerl_cli.data import text
 
     (tmp_path / "a.txt").write_text("words")
 

@@ -30,10 +30,10 @@ from saerl_cli.analysis.audit import (
     sums_by,
     top_overlap,
 )
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import Part, Reward
-from saerl_cli.rl.measuring.measure import Sampling, generate, heldout_loss, log_probabilities, mean_and_error
+from saerl_cli.rl.evaluation.measure import Sampling, generate, heldout_loss, log_probabilities, mean_and_error
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts.beginnings import Prompt
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from rl_fixtures import build_trainer, good_share, word_tokenizer
 
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import Part, Reward
-from saerl_cli.rl.measuring.baselines import Constant, baselines, behaviour, price
-from saerl_cli.rl.measuring.behaviour import (
+from saerl_cli.rl.evaluation.baselines import Constant, baselines, behaviour, price
+from saerl_cli.rl.evaluation.behaviour import (
     composition,
     excess_kurtosis,
     hill,
@@ -22,9 +23,8 @@ from saerl_cli.rl.measuring.behaviour import (
     top_token,
     warnings_of,
 )
-from saerl_cli.rl.measuring.measure import Sampling, draw, sequence_kl
+from saerl_cli.rl.evaluation.measure import Sampling, draw, sequence_kl
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts.beginnings import Prompt
 
 
 def test_repetition_counts_bigrams_seen_before_in_the_same_completion():

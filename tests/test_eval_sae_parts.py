@@ -15,6 +15,7 @@ from saerl_cli.activations import capture, special_ids, text_mask, token_rows
 from saerl_cli.config.groups import DataConfig
 from saerl_cli.config.sae import Architecture
 from saerl_cli.models import Site, resolve_sites
+from saerl_cli.planted.words import LEXICAL
 from saerl_cli.sae import controls, stability
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.evaluate import control_settings
@@ -31,7 +32,6 @@ from saerl_cli.sae.probe import (
     pooled_features,
     probe,
 )
-from saerl_cli.world.words import LEXICAL
 
 
 @pytest.fixture(scope="module")

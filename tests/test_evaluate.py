@@ -150,7 +150,7 @@ def test_the_frontier_comes_with_its_limits(measured):
 
 
 def test_base_samples_are_drawn_once(finished, measured, tmp_path, monkeypatch):
-    from saerl_cli.rl.measuring import base
+    from saerl_cli.rl.evaluation import base
 
     monkeypatch.setattr(base, "draw_base", lambda *_: pytest.fail("drawn again"))
     again = evaluate(finished.path, tmp_path / "again", f"base={measured}")

@@ -329,7 +329,7 @@ def test_auroc_and_f1_by_hand():
 
 def test_the_output_side_finds_the_attribute_whose_words_are_promoted(tiny_world_model):
     from saerl_cli.models import load_tokenizer
-    from saerl_cli.world.language import attribute_words
+    from saerl_cli.planted.language import attribute_words
 
     tokenizer = load_tokenizer(tiny_world_model)
     effect = torch.zeros(2, len(tokenizer))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "saerl_cli"
-ORDER = ("world", "models", "activations", "sae", "adapter", "rewards", "rl", "plan", "analysis", "report", "demo")
-ORDER += ("reproduce",)
+ORDER = ("planted", "data", "models", "activations", "sae", "adapter", "rewards", "rl", "analysis", "report", "jobs")
+ORDER += ("plan", "reproduce")
 EVERYWHERE = ("config", "run")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

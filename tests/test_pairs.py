@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from saerl_cli.config.groups import ModelConfig, ModelKind
 from saerl_cli.config.pairs import PairsConfig, PairsKind, Prefer
-from saerl_cli.world.language import join_words, labels_of, split_words
-from saerl_cli.world.pairs import Pair, read_pairs, read_pairs_with_counts
+from saerl_cli.data.pairs import Pair, read_pairs, read_pairs_with_counts
+from saerl_cli.planted.language import join_words, labels_of, split_words
 
 PLANTED = ModelConfig()
 ROWS = [{"prompt": f"p{i}", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(6)]

@@ -26,7 +26,7 @@ from saerl_cli.plan.policy import Policy
 from saerl_cli.plan.runs import RUNS
 from saerl_cli.plan.sae import estimate as estimate_sae
 from saerl_cli.plan.shapes import PYTHIA, from_description, shape_of
-from saerl_cli.world.cache import planted_shape
+from saerl_cli.planted.cache import planted_shape
 
 PUBLISHED = {
     "14m": 14_067_712, "31m": 30_494_720, "70m": 70_426_624, "160m": 162_322_944, "410m": 405_334_016,

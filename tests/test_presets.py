@@ -26,8 +26,8 @@ from saerl_cli.config.sae import (
 )
 from saerl_cli.run.configs import conf_dir, register_schema
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.sae.architectures.common import Batch
 from saerl_cli.sae.dead import due
-from saerl_cli.sae.forms.common import Batch
 from saerl_cli.sae.presets import auxk_weight, canonical_l1, conversion_line, rescaled, rescaled_config
 from saerl_cli.sae.train import SaeTrainer
 

@@ -63,7 +63,7 @@ LM = ("train-lm", *TINY_WORDS, "model.world.steps=30", "model.world.batch_size=1
 def text(empty_place) -> str:
     """A file of the embedded language's own reviews, about 40,000 words."""
     from saerl_cli.config.groups import WorldConfig
-    from saerl_cli.world.cache import planted_documents
+    from saerl_cli.planted.cache import planted_documents
 
     reviews = planted_documents(WorldConfig(**TINY_WORLD | {"documents": 2500}), "train")
     Path("text.jsonl").write_text("".join(json.dumps({"text": review.text}) + "\n" for review in reviews))

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 def own_model_and_text(tmp_path_factory) -> list[str]:
     """What the experiments on models in folders are given here: a tiny model and a text that its tokenizer knows."""
     from saerl_cli.config.groups import WorldConfig
-    from saerl_cli.world.cache import planted_model
-    from saerl_cli.world.language import reviews
+    from saerl_cli.planted.cache import planted_model
+    from saerl_cli.planted.language import reviews
 
     model = planted_model(WorldConfig(**TINY_WORLD | {"layers": 4}))
     stories = tmp_path_factory.mktemp("text") / "stories.jsonl"

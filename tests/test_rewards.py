@@ -82,7 +82,7 @@ def test_refusals_name_the_part_in_one_line(part, message):
 
 
 def test_unknown_world_attribute_lists_those_there_are():
-    language = pytest.importorskip("saerl_cli.world.language")
+    language = pytest.importorskip("saerl_cli.planted.language")
     with pytest.raises(ValueError, match="unknown attribute 'swearing'; there are .*cursing"):
         check_reward(config_of(mine={"kind": RewardKind.world, "attribute": "swearing"}))
     assert "cursing" in language.ATTRIBUTES

@@ -13,7 +13,7 @@ from test_rl_job import begin, do, evaluate, lines, saes, settings  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from saerl_cli.adapter import deltas
-from saerl_cli.rl import job
+from saerl_cli.jobs import rlhf as job
 from saerl_cli.rl.export import export_policy
 from saerl_cli.rl.policy import load_policy
 from saerl_cli.run.directory import Run

@@ -203,7 +203,7 @@ def test_examples_teach_their_completions_alone(saes, tmp_path):
 
 
 def test_rows_and_labels(tiny_world_model):
-    from saerl_cli.rl.prompts.examples import Example
+    from saerl_cli.data.examples import Example
     from saerl_cli.rl.trainers.supervised import example_row, fitting, packed_row
 
     assert packed_row([9, 4, 5, 9, 6, 9, 9, 9])["labels"] == [-100, 4, 5, 9, 6, 9, -100, -100]

@@ -10,12 +10,12 @@ from test_rl_job import begin, do, lines, settings
 from saerl_cli.config.groups import WorldConfig
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import PromptConfig, PromptKind
-from saerl_cli.rl import job
-from saerl_cli.rl.measuring.passes import pass_at_k, passes
-from saerl_cli.rl.prompts.questions import check_answers, fitting, split_questions
+from saerl_cli.data.questions import Question, arithmetic_questions, file_questions
+from saerl_cli.jobs import rlhf as job
+from saerl_cli.planted.language import labels_of, split_words
+from saerl_cli.rl.evaluation.passes import pass_at_k, passes
+from saerl_cli.rl.prompts import check_answers, fitting, split_questions
 from saerl_cli.rl.trainers.normalise import Normaliser
-from saerl_cli.world.language import labels_of, split_words
-from saerl_cli.world.questions import Question, arithmetic_questions, file_questions
 
 RIGHT = (
     "reward.parts.cursing.kind=verifier",

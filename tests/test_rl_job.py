@@ -12,10 +12,10 @@ from rl_fixtures import tiny_sae
 from saerl_cli.config import typed
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.jobs import rlhf as job
 from saerl_cli.models import folder_sha256
 from saerl_cli.report import frontier
-from saerl_cli.rl import job
-from saerl_cli.rl.measuring import evaluate as evaluate_job
+from saerl_cli.rl.evaluation import evaluate as evaluate_job
 from saerl_cli.run.directory import Run
 
 TINY = {"documents": 400, "hidden_size": 32, "layers": 2, "heads": 2, "context_size": 64, "steps": 60, "batch_size": 16}
@@ -147,7 +147,7 @@ def test_the_checks_import_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, saerl_cli.rl.job, saerl_cli.rl.measuring.evaluate; sys.exit('torch' in sys.modules)"
+    code = "import sys, saerl_cli.jobs.rlhf, saerl_cli.rl.evaluation.evaluate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
@@ -218,7 +218,7 @@ def test_the_adapter_is_coefficients_only_and_loads_with_plain_peft(finished, ti
 
 def test_the_policy_loads_and_is_the_one_that_was_measured(finished, saes):
     from saerl_cli.rl.build import build_parts
-    from saerl_cli.rl.measuring.measure import cycled, draw
+    from saerl_cli.rl.evaluation.measure import cycled, draw
     from saerl_cli.rl.policy import load_policy
 
     parts = build_parts(settings(saes), finished, "cpu")

@@ -7,8 +7,9 @@ import torch
 from rl_fixtures import build_trainer, good_share, tiny_model, word_tokenizer
 
 from saerl_cli.config.algo import AlgoConfig, AlgoKind
+from saerl_cli.data.prompts import Prompt, as_prompts, build_prompts, cut_prompts, refuse_too_few
 from saerl_cli.rewards.score import Part, Reward
-from saerl_cli.rl.measuring.measure import (
+from saerl_cli.rl.evaluation.measure import (
     Samples,
     Sampling,
     attribute_shares,
@@ -21,7 +22,6 @@ from saerl_cli.rl.measuring.measure import (
     sequence_kl,
 )
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts.beginnings import Prompt, as_prompts, build_prompts, cut_prompts, refuse_too_few
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.describe import top_tokens
 

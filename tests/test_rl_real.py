@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from saerl_cli.config import typed
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.rl import job
+from saerl_cli.jobs import rlhf as job
 from saerl_cli.run.directory import Run
 
 pytestmark = pytest.mark.real_data

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 from saerl_cli.config.sae import Architecture, DecoderNorm, EncoderDtype, Kernel, Penalty, SaeConfig
-from saerl_cli.sae.forms import FORMS
-from saerl_cli.sae.forms.common import Batch, Processes
+from saerl_cli.sae.architectures import FORMS
+from saerl_cli.sae.architectures.common import Batch, Processes
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
 from saerl_cli.sae.selection import largest_per_token, likely, select_in_batch
 

@@ -21,9 +21,9 @@ from saerl_cli.config.activations import ActivationsConfig
 from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, SiteConfig, WorldConfig
 from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.jobs import train_sae as job
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
-from saerl_cli.sae import job
 from saerl_cli.sae.files import check_sae, find_saes, load_sae, sae_sha256
 
 SIZES = {
@@ -179,7 +179,7 @@ import sys
 from saerl_cli.config.groups import *
 from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
-from saerl_cli.sae.job import check
+from saerl_cli.jobs.train_sae import check
 check(TrainSaeConfig())
 model = ModelConfig(kind=ModelKind.local, path={str(tiny_world_model)!r})
 data = DataConfig(kind=DataKind.text, path={str(tmp_path / "a.jsonl")!r})

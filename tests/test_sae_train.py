@@ -21,7 +21,7 @@ from saerl_cli.config.sae import (
     Resample,
     SaeConfig,
 )
-from saerl_cli.sae.forms.common import Processes
+from saerl_cli.sae.architectures.common import Processes
 from saerl_cli.sae.loop import train_saes, training
 from saerl_cli.sae.train import SaeTrainer
 

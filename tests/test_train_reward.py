@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from saerl_cli.config import typed
 from saerl_cli.config.train_reward import TooLong, TrainRewardConfig
+from saerl_cli.data.pairs import Pair, read_pairs
+from saerl_cli.jobs.train_reward import encode_pairs
 from saerl_cli.rewards.calibration import preference_numbers, reliability, wilson
 from saerl_cli.rl.reward_model import job as reward_job
-from saerl_cli.rl.reward_model.job import encode_pairs
 from saerl_cli.run.directory import Run
-from saerl_cli.world.pairs import Pair, read_pairs
 
 SMALL = {
     "model": {"world": TINY_WORLD},
@@ -236,5 +236,5 @@ def test_the_checks_import_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, saerl_cli.rl.reward_model.job; sys.exit('torch' in sys.modules)"
+    code = "import sys, saerl_cli.jobs.train_reward; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

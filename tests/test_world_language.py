@@ -9,8 +9,9 @@ from random import Random
 import pytest
 
 from saerl_cli.config.groups import DataConfig, DataKind, WorldConfig
-from saerl_cli.world.cache import HELDOUT_START, planted_documents
-from saerl_cli.world.language import (
+from saerl_cli.data.text import read_documents, split_documents
+from saerl_cli.planted.cache import HELDOUT_START, planted_documents
+from saerl_cli.planted.language import (
     ATTRIBUTES,
     EOS,
     VOCABULARY,
@@ -22,8 +23,7 @@ from saerl_cli.world.language import (
     reviews,
     split_words,
 )
-from saerl_cli.world.text import read_documents, split_documents
-from saerl_cli.world.words import LEXICAL, TOPICS
+from saerl_cli.planted.words import LEXICAL, TOPICS
 
 SAMPLE = [review(7, index) for index in range(3000)]
 

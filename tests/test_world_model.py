@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, WorldConfig
 from saerl_cli.config.train_lm import TrainLmConfig
+from saerl_cli.planted import cache, job, train
+from saerl_cli.planted.cache import TINY, damage, planted_documents, planted_model, planted_shape
+from saerl_cli.planted.language import VOCABULARY, review
+from saerl_cli.planted.tokenizer import build_tokenizer, frequent_words
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder, read_json, read_jsonl, sha256_file
-from saerl_cli.world import cache, job, train
-from saerl_cli.world.cache import TINY, damage, planted_documents, planted_model, planted_shape
-from saerl_cli.world.language import VOCABULARY, review
-from saerl_cli.world.tokenizer import build_tokenizer, frequent_words
 
 QUICK = WorldConfig(
     documents=60, hidden_size=16, layers=2, heads=2, context_size=48, steps=30, batch_size=4, lr=1e-2, seed=3
@@ -274,8 +274,8 @@ def test_an_unwritable_cache_says_what_to_set(tmp_path, monkeypatch):
 
 def test_shape_and_documents_need_no_torch():
     code = (
-        "import sys; from saerl_cli.world.job import check; from saerl_cli.config.train_lm import TrainLmConfig;"
-        "check(TrainLmConfig()); from saerl_cli.world.cache import planted_shape, planted_documents, damage;"
+        "import sys; from saerl_cli.jobs.train_lm import check; from saerl_cli.config.train_lm import TrainLmConfig;"
+        "check(TrainLmConfig()); from saerl_cli.planted.cache import planted_shape, planted_documents, damage;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -349,7 +349,7 @@ import torch
 from saerl_cli.run.directory import Run
 from tests.test_world_model import CPU, QUICK, settings
 from saerl_cli.config.groups import ModelConfig, WorldConfig
-from saerl_cli.world import job
+from saerl_cli.jobs import train_lm as job
 torch.set_num_threads(1)
 config = settings(model=ModelConfig(world=WorldConfig(**{**vars(QUICK), "steps": 400})))
 job.work(config, Run(Path(sys.argv[1])), CPU)

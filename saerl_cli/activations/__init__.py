@@ -6,7 +6,8 @@ What needs no torch is imported here; the rest when it is first used, because ch
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.activations.texts import (
+from saerl_cli.config.activations import check_stream
+from saerl_cli.data.documents import (
     documents,
     documents_with_counts,
     hub_documents,
@@ -14,7 +15,6 @@ from saerl_cli.activations.texts import (
     planted_reviews,
     row_length,
 )
-from saerl_cli.config.activations import check_stream
 
 if TYPE_CHECKING:
     from saerl_cli.activations.cache import CachedStream

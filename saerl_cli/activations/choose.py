@@ -5,10 +5,10 @@ from typing import Any
 
 from saerl_cli.activations.cache import CachedStream, cached_activations
 from saerl_cli.activations.stream import ActivationStream, ShuffledStream, refuse_short
-from saerl_cli.activations.texts import LONGEST_CONTEXT, documents_with_counts, row_length
 from saerl_cli.activations.tokens import StreamedRows, special_ids, text_mask, token_rows
 from saerl_cli.config.activations import ActivationsConfig, check_stream
 from saerl_cli.config.groups import DataConfig, ModelConfig
+from saerl_cli.data.documents import LONGEST_CONTEXT, documents_with_counts, row_length
 from saerl_cli.models import Loaded, Site, resolve_sites
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerl_cli.activations.texts import stream_documents
 from saerl_cli.config.groups import DataConfig, DataKind
+from saerl_cli.data.documents import stream_documents
+from saerl_cli.data.text import BEGINNING, Counts, Place, refuse_all_heldout, text_files
 from saerl_cli.models import separator_id
-from saerl_cli.world.text import BEGINNING, Counts, Place, refuse_all_heldout, text_files
 
 DOCUMENTS_AT_ONCE = 256
 """Documents tokenized together in a stream."""

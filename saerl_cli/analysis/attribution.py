@@ -26,11 +26,11 @@ from torch import Tensor
 from saerl_cli.adapter import biases, deltas
 from saerl_cli.adapter.coefficients import site_layers
 from saerl_cli.adapter.layer import SparseCoeffLayer, on_activation
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.models import output_tensor
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.measuring.measure import Sampling, generate, log_probabilities
+from saerl_cli.rl.evaluation.measure import Sampling, generate, log_probabilities
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.prompts.beginnings import Prompt
 from saerl_cli.rl.trainers.exact import derived_seed
 
 AT_ONCE = 30_000_000

@@ -48,10 +48,10 @@ import torch
 from torch import Tensor
 
 from saerl_cli.analysis.attribution import Moved, scaled
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.measuring.measure import Sampling, draw, generate, mean_and_error, token_losses
+from saerl_cli.rl.evaluation.measure import Sampling, draw, generate, mean_and_error, token_losses
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.prompts.beginnings import Prompt
 from saerl_cli.run.files import append_jsonl, read_jsonl
 
 VERSION = 1

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from saerl_cli.analysis.attribution import Moved
     from saerl_cli.analysis.audit import Gain, Variants
     from saerl_cli.analysis.kinds import Firing
-    from saerl_cli.rl.measuring.evaluate import Bench
-    from saerl_cli.rl.measuring.measure import Samples
+    from saerl_cli.rl.evaluation.evaluate import Bench
+    from saerl_cli.rl.evaluation.measure import Samples
 
 RANKING, GRADING, NULL, REFERENCE = 21, 22, 23, 24
 """What completions are drawn for: each has random numbers of its own."""
@@ -68,7 +68,7 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
     from saerl_cli.analysis import kinds
     from saerl_cli.analysis.attribution import moved
     from saerl_cli.analysis.audit import VERSION, Variants
-    from saerl_cli.rl.measuring.evaluate import build_bench, record_inputs
+    from saerl_cli.rl.evaluation.evaluate import build_bench, record_inputs
 
     samples = config.evaluation.samples
     twice = EvaluationConfig(**{**vars(config.evaluation), "samples": 2 * samples})
@@ -130,7 +130,7 @@ def gained(setting: Setting) -> "tuple[Gain, Numbers]":
     import torch
 
     from saerl_cli.analysis.audit import REFERENCE_DRAWS, Gain
-    from saerl_cli.rl.measuring.measure import mean_and_error
+    from saerl_cli.rl.evaluation.measure import mean_and_error
     from saerl_cli.rl.trainers.exact import derived_seed
 
     one = torch.ones(len(setting.coefficients))
@@ -166,7 +166,7 @@ def completeness(setting: Setting, gain: "Gain") -> Numbers:
     """The sum of all attributions against the gain; they come from different samples."""
     import math
 
-    from saerl_cli.rl.measuring.measure import mean_and_error
+    from saerl_cli.rl.evaluation.measure import mean_and_error
 
     whole, whole_se = mean_and_error(setting.attributions.double().sum(1).tolist())
     mean, error = mean_and_error(gain.full)
@@ -182,7 +182,7 @@ def reverted(setting: Setting, gain: "Gain") -> Numbers:
     import torch
 
     from saerl_cli.analysis.audit import difference
-    from saerl_cli.rl.measuring.measure import mean_and_error
+    from saerl_cli.rl.evaluation.measure import mean_and_error
 
     config, order, coefficients = setting.config, setting.order, setting.coefficients
     sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
@@ -217,7 +217,7 @@ def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
     import torch
 
     from saerl_cli.analysis.audit import difference, interaction
-    from saerl_cli.rl.measuring.measure import mean_and_error
+    from saerl_cli.rl.evaluation.measure import mean_and_error
 
     one, coefficients = torch.ones(len(setting.coefficients)), setting.coefficients
     numbers: Numbers = {"first": coefficients.name(i), "second": coefficients.name(j)}
@@ -357,7 +357,7 @@ def side_effects(setting: Setting, gain: "Gain", needed_90: Numbers | None) -> N
 def written(setting: Setting, scale: "Tensor", purpose: int = GRADING) -> "Samples":
     """What a variant writes on the prompts that grade, with the random numbers of all variants or others."""
     from saerl_cli.analysis.attribution import scaled
-    from saerl_cli.rl.measuring.measure import Samples, generate
+    from saerl_cli.rl.evaluation.measure import Samples, generate
 
     bench, variants, how = setting.bench, setting.variants, setting.bench.sampling(purpose)
     policy, ids = bench.policy, variants.measured(scale).completion_ids or []
@@ -373,7 +373,7 @@ def spent(setting: Setting, gain: "Gain", scale: "Tensor", before: "Samples", af
     import torch
 
     from saerl_cli.analysis.audit import difference, ratio
-    from saerl_cli.rl.measuring.measure import attribute_shares, describe, mean_and_error
+    from saerl_cli.rl.evaluation.measure import attribute_shares, describe, mean_and_error
 
     variants = setting.variants
     measured, base = variants.measured(scale), variants.measured(torch.zeros_like(scale))
@@ -409,7 +409,7 @@ def quotient(numbers: Numbers, top: str, bottom: str, name: str) -> Numbers:
 
 def other_change(setting: Setting, before: "Samples", after: "Samples") -> float:
     """Summed absolute change of the shares of words that carry attributes which are not rewarded."""
-    from saerl_cli.rl.measuring.measure import attribute_shares
+    from saerl_cli.rl.evaluation.measure import attribute_shares
 
     rewarded = rewarded_attributes(setting.bench.trained.reward)
     old, new = attribute_shares(before), attribute_shares(after)

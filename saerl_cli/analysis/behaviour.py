@@ -1,6 +1,6 @@
 """What the files of a run say of its behaviour: proxy against gold reward, share of the gain from one feature.
 
-The detectors themselves are computed when a run ends (`behaviour` and `baselines` in `saerl_cli.rl.measuring`).
+The detectors themselves are computed when a run ends (`behaviour` and `baselines` in `saerl_cli.rl.evaluation`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -252,9 +252,9 @@ def choose(bench: Bench) -> dict[str, list[int]]:
 def before_and_after(bench: Bench, trained: RlhfConfig, features: list[dict[str, Any]]) -> None:
     """What the policy makes of the features: on the same text, and in completions of its own."""
     from saerl_cli.analysis.features.moved import completions_text, put_heldout, put_samples
-    from saerl_cli.rl.measuring.measure import cycled, generate
+    from saerl_cli.rl.evaluation.measure import cycled, generate
     from saerl_cli.rl.policy import adapter_policy
-    from saerl_cli.rl.prompts.questions import choose_prompts
+    from saerl_cli.rl.prompts import choose_prompts
 
     config, loaded = bench.config, bench.loaded
     policy = adapter_policy(loaded, policy_folder(str(config.policy), trained), trained.adapter.splice)

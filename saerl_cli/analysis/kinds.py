@@ -138,7 +138,7 @@ def rewarded_tokens(reward: RewardConfig, tokenizer: Any) -> list[int]:
 def word_test(part: Any) -> Any:
     """Whether a word alone earns something from a part of a reward, as a function; None where words do not."""
     if part.kind is RewardKind.world:
-        from saerl_cli.world.language import labels_of
+        from saerl_cli.planted.language import labels_of
 
         return lambda word: part.attribute in labels_of([word])[0] and not (part.attribute or "").startswith("after_")
     if part.kind is RewardKind.lexicon:

@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from saerl_cli.config.evaluate import EvaluateConfig
-from saerl_cli.rl.measuring.base import difference, measured_by
+from saerl_cli.rl.evaluation.base import difference, measured_by
 from saerl_cli.rl.runs import run_config, snapshot_files
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import read_json

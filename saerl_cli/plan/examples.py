@@ -9,9 +9,9 @@ from saerl_cli.activations import row_length
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
 from saerl_cli.config.pairs import PairsConfig, PairsKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.examples import read_examples, split_examples
+from saerl_cli.data.pairs import PLANTED_PAIRS, Pair, read_pairs
 from saerl_cli.plan.work import Work, piece
-from saerl_cli.rl.prompts.examples import read_examples, split_examples
-from saerl_cli.world.pairs import PLANTED_PAIRS, Pair, read_pairs
 
 SAMPLE = 256
 """Pairs or examples from which lengths are taken."""
@@ -150,7 +150,7 @@ def from_lengths(
 def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], list[str]]:
     """How many tokens a text has, by the model's tokenizer where it is here, and what was assumed."""
     from saerl_cli.models import light_tokenizer
-    from saerl_cli.world.language import split_words
+    from saerl_cli.planted.language import split_words
 
     if model.kind is ModelKind.planted:
         return lambda text: len(split_words(text)), []

@@ -6,13 +6,13 @@ from saerl_cli.config.groups import DataKind, ModelKind
 from saerl_cli.config.pairs import PairsKind
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.config.train_reward import TrainRewardConfig
+from saerl_cli.jobs.train_lm import VOCABULARY_LIMIT
 from saerl_cli.models import describe
 from saerl_cli.plan.launches import weights
 from saerl_cli.plan.policy import PHASE, TRAINER_STEP
 from saerl_cli.plan.shapes import from_description, shape_of
 from saerl_cli.plan.text import REVIEW_BYTES, reading
 from saerl_cli.plan.work import SAVED, SIZE, Estimate, Phase, Work, adam, forward, logits, piece, small, start
-from saerl_cli.world.job import VOCABULARY_LIMIT
 
 PLANTED_PAIRS = 2000
 """Pairs of the embedded language where settings do not say."""
@@ -139,7 +139,7 @@ def train_reward(config: TrainRewardConfig) -> Estimate:
 
 def number_of_pairs(config: TrainRewardConfig) -> tuple[int, list[str]]:
     """Training pairs, and what was assumed; those of a file are counted where it is there."""
-    from saerl_cli.world.pairs import read_pairs
+    from saerl_cli.data.pairs import read_pairs
 
     pairs = config.pairs
     if pairs.kind is PairsKind.planted:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.plan.work import Piece, Work
+from saerl_cli.planted.cache import cache_folder
 from saerl_cli.run.files import read_json, write_json
 from saerl_cli.run.launch import cores
-from saerl_cli.world.cache import cache_folder
 
 PRODUCTS, TRAFFIC = 0.4, 0.6
 """Shares of a GPU's published peaks that are assumed where nothing was measured."""

@@ -176,7 +176,7 @@ def distributions(policy: Policy, rows: float, layers: float, how: str | None) -
 
 
 def drawn(policy: Policy, evaluation: EvaluationConfig, samples: int, reference: bool = False) -> Work:
-    """Completions with their scores, and those of the policy with their KL (`saerl_cli.rl.measuring.measure.draw`)."""
+    """Completions with their scores, and those of the policy with their KL (`saerl_cli.rl.evaluation.measure.draw`)."""
     parts = ceil(samples / evaluation.batch_size)
     rows = min(samples, evaluation.batch_size)
     work = [(parts * n, w) for n, w in generating(policy, rows, policy.new, policy.written, not reference)]

@@ -6,8 +6,8 @@ from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.plan.metrics import Reading
 from saerl_cli.plan.work import Phase, Work, forward, piece
+from saerl_cli.planted.language import ATTRIBUTES
 from saerl_cli.sae.probe import SIZES, TRAIN_SHARE, read_labelled
-from saerl_cli.world.language import ATTRIBUTES
 
 PASSES = 2
 """Over the text for features, and as many for raw activations: which features differ, then those features."""

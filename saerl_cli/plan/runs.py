@@ -15,9 +15,9 @@ from saerl_cli.plan.work import FUSED_COLUMNS
 
 IMPORTS = {
     "eval": "saerl_cli.report.saes, saerl_cli.sae.metrics, saerl_cli.sae.probe, saerl_cli.sae.stability",
-    "lm": "saerl_cli.world.job, saerl_cli.world.train",
-    "sae": "saerl_cli.sae.job, saerl_cli.sae.train, saerl_cli.sae.results, saerl_cli.sae.metrics",
-    "rl": "saerl_cli.rl.build, saerl_cli.rl.job, saerl_cli.rl.summary",
+    "lm": "saerl_cli.jobs.train_lm, saerl_cli.planted.train",
+    "sae": "saerl_cli.jobs.train_sae, saerl_cli.sae.train, saerl_cli.sae.results, saerl_cli.sae.metrics",
+    "rl": "saerl_cli.rl.build, saerl_cli.jobs.rlhf, saerl_cli.rl.summary",
 }
 """What a worker imports."""
 
@@ -344,10 +344,10 @@ def run_pairs(device: torch.device) -> Callable[[], Any]:
     """A hundred preference pairs of the embedded language, as token ids."""
     from saerl_cli.config.groups import ModelConfig
     from saerl_cli.config.pairs import PairsConfig
+    from saerl_cli.data.pairs import read_pairs
+    from saerl_cli.planted.language import VOCABULARY
+    from saerl_cli.planted.tokenizer import build_tokenizer
     from saerl_cli.rl.trainers.supervised import pair_row
-    from saerl_cli.world.language import VOCABULARY
-    from saerl_cli.world.pairs import read_pairs
-    from saerl_cli.world.tokenizer import build_tokenizer
 
     config, tokenizer = PairsConfig(count=100), build_tokenizer(VOCABULARY, 96)
     return lambda: [pair_row(pair, tokenizer) for pair in read_pairs(config, ModelConfig(), "train")]
@@ -357,9 +357,9 @@ def run_reviews(device: torch.device) -> Callable[[], Any]:
     """A thousand reviews of the embedded language, as rows of tokens."""
     from saerl_cli.activations import token_rows
     from saerl_cli.config.groups import WorldConfig
-    from saerl_cli.world.cache import planted_documents
-    from saerl_cli.world.language import VOCABULARY
-    from saerl_cli.world.tokenizer import build_tokenizer
+    from saerl_cli.planted.cache import planted_documents
+    from saerl_cli.planted.language import VOCABULARY
+    from saerl_cli.planted.tokenizer import build_tokenizer
 
     world, tokenizer = WorldConfig(documents=1000), build_tokenizer(VOCABULARY, 96)
     return lambda: token_rows([" ".join(r.words) for r in planted_documents(world, "train")], tokenizer, 96)

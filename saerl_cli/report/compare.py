@@ -27,7 +27,7 @@ from saerl_cli.config.compare import CompareConfig
 from saerl_cli.report import figures
 from saerl_cli.report.frontier import Limits, curves, limits_of, write_frontier
 from saerl_cli.report.saes import aligned
-from saerl_cli.rl.measuring import base
+from saerl_cli.rl.evaluation import base
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
 from saerl_cli.run.progress import say

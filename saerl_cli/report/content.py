@@ -7,7 +7,7 @@ from typing import Any
 
 from saerl_cli.analysis.behaviour import gold_parts, one_feature, proxy_and_gold
 from saerl_cli.report.collect import MEASURED, POLICY, Found, owner
-from saerl_cli.rl.measuring.behaviour import BEATEN, warnings_of
+from saerl_cli.rl.evaluation.behaviour import BEATEN, warnings_of
 
 VALUES = 300_000
 """Numbers of learning curves in a page, at most; long runs are thinned beyond that."""

@@ -17,8 +17,8 @@ from saerl_cli.analysis.frontier import Limit, best_of_n, efficiency, kl_optimum
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.report import figures
 from saerl_cli.report.saes import aligned
-from saerl_cli.rl.measuring.base import Base
-from saerl_cli.rl.measuring.evaluate import evaluate
+from saerl_cli.rl.evaluation.base import Base
+from saerl_cli.rl.evaluation.evaluate import evaluate
 from saerl_cli.run.directory import Run
 from saerl_cli.run.processes import Team
 from saerl_cli.run.progress import say

@@ -7,7 +7,7 @@ from saerl_cli.analysis.compare import Method, by_seed, mean_curve
 from saerl_cli.analysis.measured import Evaluation
 from saerl_cli.report.collect import POLICY, Found, owner
 from saerl_cli.report.content import FEW, cleaned, number, thin
-from saerl_cli.rl.measuring.base import difference
+from saerl_cli.rl.evaluation.base import difference
 
 LIMITS = ("optimum", "pooled_optimum", "best_of_n")
 NEEDED = ("kl_exact", "kl_exact_se", "reward", "reward_se", "gain", "gain_se")

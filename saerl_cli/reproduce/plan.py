@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.config.pipeline import PipelineConfig, StageConfig
-from saerl_cli.demo import SMALL_MODEL
+from saerl_cli.jobs.demo import SMALL_MODEL
 from saerl_cli.run.configs import conf_dir
 from saerl_cli.run.jobs import JOBS
 

@@ -36,7 +36,7 @@ def check_reward(config: RewardConfig) -> None:
 
 def check_world(part: RewardPart) -> None:
     """The attribute must be one of the embedded language."""
-    from saerl_cli.world.language import ATTRIBUTES
+    from saerl_cli.planted.language import ATTRIBUTES
 
     if part.attribute not in ATTRIBUTES:
         raise ValueError(f"unknown attribute {part.attribute!r}; there are {', '.join(sorted(ATTRIBUTES))}")

@@ -185,7 +185,7 @@ def verifier_function(part: RewardPart) -> PartFunction:
 
 def world_function(attribute: str, per_token: bool) -> PartFunction:
     """Counts the words of a completion that carry an attribute of the embedded language, by the language's labels."""
-    from saerl_cli.world.language import ATTRIBUTES, labels_of, split_words
+    from saerl_cli.planted.language import ATTRIBUTES, labels_of, split_words
 
     if attribute not in ATTRIBUTES:
         raise ValueError(f"unknown attribute {attribute!r}; there are {', '.join(sorted(ATTRIBUTES))}")

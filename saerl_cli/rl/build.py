@@ -12,13 +12,13 @@ from saerl_cli.activations import documents, row_length, token_rows
 from saerl_cli.adapter import peft_config
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
+from saerl_cli.data.prompts import Prompt, refuse_too_few
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
 from saerl_cli.rl.dictionaries import dictionaries, restraint
-from saerl_cli.rl.measuring.measure import Sampling
+from saerl_cli.rl.evaluation.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts.beginnings import Prompt, refuse_too_few
-from saerl_cli.rl.prompts.questions import choose_prompts, refuse_few_questions
+from saerl_cli.rl.prompts import choose_prompts, refuse_few_questions
 from saerl_cli.rl.trainers.arguments import training_arguments
 from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer

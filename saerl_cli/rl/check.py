@@ -12,13 +12,13 @@ from saerl_cli.config.adapter import COEFFICIENTS, SITES, VECTORS, AdapterConfig
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.groups import DataKind, Dtype, ModelConfig, ModelKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
+from saerl_cli.data.prompts import cut_prompts, refuse_too_few
 from saerl_cli.models import Site, context_size, describe, known_sha256, light_tokenizer, locate, resolve_sites
+from saerl_cli.planted.cache import planted_folder
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.chosen import free_features
-from saerl_cli.rl.prompts.beginnings import cut_prompts, refuse_too_few
-from saerl_cli.rl.prompts.questions import check_answers, check_questions, refuse_few_questions
+from saerl_cli.rl.prompts import check_answers, check_questions, refuse_few_questions
 from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, refuse_transcoder
-from saerl_cli.world.cache import planted_folder
 
 
 def check(config: RlhfConfig) -> None:
@@ -151,8 +151,8 @@ def check_prompts(config: RlhfConfig, description: Any) -> None:
 
 def check_examples(config: RlhfConfig) -> None:
     """Refuse preference pairs, or examples of sft, that cannot be read."""
-    from saerl_cli.rl.prompts.examples import labelled_documents, read_examples
-    from saerl_cli.world.pairs import read_pairs
+    from saerl_cli.data.examples import labelled_documents, read_examples
+    from saerl_cli.data.pairs import read_pairs
 
     algo = config.algo
     if algo.kind is AlgoKind.dpo:
@@ -166,7 +166,7 @@ def check_examples(config: RlhfConfig) -> None:
 def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:
     """The texts of a split; those of the embedded language are written only as far as they are read."""
     if config.data.kind is DataKind.planted and config.model.kind is ModelKind.planted:
-        from saerl_cli.world.cache import planted_documents
+        from saerl_cli.planted.cache import planted_documents
 
         reviews = planted_documents(config.model.world, split)
         return (" ".join(review.words) for review in islice(reviews, config.data.max_documents))
@@ -176,7 +176,7 @@ def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:
 def light_encoder(model: ModelConfig) -> Callable[[str], list[int]] | None:
     """Text to token ids without special tokens; None where only transformers can read the tokenizer."""
     if model.kind is ModelKind.planted:
-        from saerl_cli.world.language import VOCABULARY, split_words
+        from saerl_cli.planted.language import VOCABULARY, split_words
 
         ids = {word: index for index, word in enumerate(VOCABULARY)}
         return lambda text: [ids.get(word, -1) for word in split_words(text)]

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.algo import AlgoKind
-from saerl_cli.rl.measuring import behaviour
+from saerl_cli.rl.evaluation import behaviour
 from saerl_cli.run.files import read_jsonl
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from saerl_cli.adapter import deltas
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
 from saerl_cli.rl.build import Parts
-from saerl_cli.rl.measuring.baselines import behaviour
-from saerl_cli.rl.measuring.measure import cycled, measure
+from saerl_cli.rl.evaluation.baselines import behaviour
+from saerl_cli.rl.evaluation.measure import cycled, measure
 from saerl_cli.rl.outcome import task_numbers, warnings_of
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.runs import kl_coef

@@ -21,21 +21,27 @@ class Job:
 
 
 JOBS = {
-    "demo": Job("saerl_cli.config.demo:DemoConfig", "saerl_cli.demo:check", "saerl_cli.demo:work", launches=False),
-    "train_lm": Job("saerl_cli.config.train_lm:TrainLmConfig", "saerl_cli.world.job:check", "saerl_cli.world.job:work"),
-    "train_sae": Job("saerl_cli.config.train_sae:TrainSaeConfig", "saerl_cli.sae.job:check", "saerl_cli.sae.job:work"),
+    "demo": Job(
+        "saerl_cli.config.demo:DemoConfig", "saerl_cli.jobs.demo:check", "saerl_cli.jobs.demo:work", launches=False
+    ),
+    "train_lm": Job(
+        "saerl_cli.config.train_lm:TrainLmConfig", "saerl_cli.jobs.train_lm:check", "saerl_cli.jobs.train_lm:work"
+    ),
+    "train_sae": Job(
+        "saerl_cli.config.train_sae:TrainSaeConfig", "saerl_cli.jobs.train_sae:check", "saerl_cli.jobs.train_sae:work"
+    ),
     "eval_sae": Job(
         "saerl_cli.config.eval_sae:EvalSaeConfig", "saerl_cli.sae.evaluate:check", "saerl_cli.report.saes:work"
     ),
     "train_reward": Job(
         "saerl_cli.config.train_reward:TrainRewardConfig",
-        "saerl_cli.rl.reward_model.job:check",
-        "saerl_cli.rl.reward_model.job:work",
+        "saerl_cli.jobs.train_reward:check",
+        "saerl_cli.jobs.train_reward:work",
     ),
-    "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.rl.job:check", "saerl_cli.rl.job:work"),
+    "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.jobs.rlhf:check", "saerl_cli.jobs.rlhf:work"),
     "evaluate": Job(
         "saerl_cli.config.evaluate:EvaluateConfig",
-        "saerl_cli.rl.measuring.evaluate:check",
+        "saerl_cli.rl.evaluation.evaluate:check",
         "saerl_cli.report.frontier:work",
     ),
     "features": Job(

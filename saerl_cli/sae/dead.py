@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import Resample, SaeConfig
-from saerl_cli.sae.forms.common import Parameters
+from saerl_cli.sae.architectures.common import Parameters
 
 ROWS = ("encoder", "decoder", "b_enc", "threshold", "r_mag", "b_mag")
 """Parameters that hold a row, or a number, a feature."""

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from saerl_cli.config.sae import Architecture
+from saerl_cli.sae.architectures.common import Parameters
 from saerl_cli.sae.autoencoder import SAE
-from saerl_cli.sae.forms.common import Parameters
 
 if TYPE_CHECKING:
     from saerl_cli.sae.train import SaeTrainer

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from saerl_cli.activations import FORWARD_TOKENS, capture, pack, planted_reviews, special_ids, text_mask
 from saerl_cli.config.groups import DataConfig, ModelConfig
+from saerl_cli.data.text import parse
 from saerl_cli.models import Loaded, Site, quiet_transformers, separator_id
-from saerl_cli.world.text import parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +82,8 @@ def planted_labels(
     """
     import torch
 
+    from saerl_cli.planted.language import ATTRIBUTES
     from saerl_cli.sae.metrics import first_rows
-    from saerl_cli.world.language import ATTRIBUTES
 
     reviews = planted_reviews(data, model, "heldout")
     with quiet_transformers():  # a review may be longer than the context; it is cut here

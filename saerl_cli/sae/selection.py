@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from saerl_cli.sae.forms.common import Processes
+from saerl_cli.sae.architectures.common import Processes
 from saerl_cli.sae.layout import Sparse, full_precision, where
 
 SAMPLE_ROWS = 256

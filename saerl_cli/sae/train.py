@@ -1,10 +1,10 @@
 """Training one sparse autoencoder, a batch of activations at a time.
 
 Inputs are scaled by a number s, sqrt(d_in) / mean|x| by default, so that hyperparameters mean the same at every site,
-and centred by starting `b_dec` at their mean. The losses are those of `saerl_cli.sae.forms`. `SaeTrainer.finish` folds
-s and the norms into the weights: the SAE that is saved acts on raw activations, with unit-norm decoder rows.
-Everything random is drawn from generators seeded by (seed, step), so the state of a trainer is its tensors alone and
-resuming is exact.
+and centred by starting `b_dec` at their mean. The losses are those of `saerl_cli.sae.architectures`.
+`SaeTrainer.finish` folds s and the norms into the weights: the SAE that is saved acts on raw activations, with
+unit-norm decoder rows. Everything random is drawn from generators seeded by (seed, step), so the state of a trainer is
+its tensors alone and resuming is exact.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ from saerl_cli.config.sae import (
     SaeConfig,
 )
 from saerl_cli.sae import dead as revival
+from saerl_cli.sae.architectures import FORMS
+from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, Processes, pre_activations
+from saerl_cli.sae.architectures.topk import select_in_batch
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.fold import check_shape, copy_start, folded
-from saerl_cli.sae.forms import FORMS
-from saerl_cli.sae.forms.common import Batch, Outcome, Parameters, Processes, pre_activations
-from saerl_cli.sae.forms.topk import select_in_batch
 from saerl_cli.sae.layout import Scratch
 from saerl_cli.sae.optimizers import OPTIMIZERS
 from saerl_cli.sae.presets import canonical_l1

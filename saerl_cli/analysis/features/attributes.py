@@ -19,7 +19,7 @@ def truth_of(rows: Tensor, mask: Tensor, tokenizer: Any) -> tuple[Tensor, tuple[
         mask: which of them count [rows, seq], n in all.
         tokenizer: of the embedded language, a token a word.
     """
-    from saerl_cli.world.language import ATTRIBUTES, labels_of
+    from saerl_cli.planted.language import ATTRIBUTES, labels_of
 
     carried = [labels_of(tokenizer.convert_ids_to_tokens(row)) for row in rows.tolist()]
     truth = torch.tensor([[[name in token for name in ATTRIBUTES] for token in row] for row in carried])
@@ -28,7 +28,7 @@ def truth_of(rows: Tensor, mask: Tensor, tokenizer: Any) -> tuple[Tensor, tuple[
 
 def vocabulary_truth(tokenizer: Any) -> tuple[Tensor, tuple[str, ...], Tensor]:
     """Which tokens of the vocabulary carry each attribute of words, bool [V, A]; its names; which tokens are words."""
-    from saerl_cli.world.words import LEXICAL
+    from saerl_cli.planted.words import LEXICAL
 
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_ids)

@@ -36,9 +36,9 @@ from saerl_cli.analysis.features.stream import (
 from saerl_cli.config.adapter import COEFFICIENTS
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.models import load_model, resolve_sites
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.prompts.beginnings import Prompt
 from saerl_cli.rl.runs import policy_folder, run_config, snapshot_files
 from saerl_cli.run.files import write_json
 from saerl_cli.sae.files import load_sae

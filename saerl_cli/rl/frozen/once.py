@@ -12,10 +12,10 @@ from torch import Tensor
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from saerl_cli.rl.evaluation.measure import left_padded
 from saerl_cli.rl.frozen.head import add_frozen_head
 from saerl_cli.rl.frozen.prefix import Prefix, Recorded, chunk, find_prefix, joined, leave_inputs_alone
 from saerl_cli.rl.frozen.sampling import compact, sample
-from saerl_cli.rl.measuring.measure import left_padded
 from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.run import shards
 

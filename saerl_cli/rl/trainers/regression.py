@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer as TRLSFTTrainer
 
+from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.measuring.measure import generate
-from saerl_cli.rl.prompts.beginnings import Prompt
+from saerl_cli.rl.evaluation.measure import generate
 from saerl_cli.rl.trainers.exact import derived_seed
 from saerl_cli.rl.trainers.supervised import SFTTrainer
 from saerl_cli.run.directory import Run, write_jsonl

@@ -11,9 +11,9 @@ from transformers import set_seed
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from saerl_cli.rl.evaluation.behaviour import tail
 from saerl_cli.rl.frozen.head import HELD
 from saerl_cli.rl.frozen.once import OnceTrainer
-from saerl_cli.rl.measuring.behaviour import tail
 from saerl_cli.rl.policy import reference_of
 from saerl_cli.rl.trainers import ppo_math
 from saerl_cli.rl.trainers.exact import derived_seed, sample_what_is_scored

@@ -19,13 +19,13 @@ from trl.trainer.utils import disable_dropout_in_model
 from saerl_cli.activations import row_length, token_rows
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.examples import Example, read_examples, split_examples, training_documents
+from saerl_cli.data.pairs import read_pairs
+from saerl_cli.data.prompts import leading_tokens
 from saerl_cli.models import Loaded
 from saerl_cli.rl.policy import reference_of
-from saerl_cli.rl.prompts.beginnings import leading_tokens
-from saerl_cli.rl.prompts.examples import Example, read_examples, split_examples, training_documents
 from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.run.progress import say
-from saerl_cli.world.pairs import read_pairs
 
 Labelled = tuple[list[int], list[int]]
 """Token ids and labels of a sequence; a label of -100 does not count."""
