@@ -20,9 +20,9 @@ from saerl_cli.analysis.features_job import check
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.config.groups import DataConfig, ModelConfig, WorldConfig
 from saerl_cli.data.prompts import Prompt
+from saerl_cli.jobs import rlhf as rl_job
 from saerl_cli.models import load_model, resolve_sites
 from saerl_cli.report import features as report
-from saerl_cli.rl import job as rl_job
 from saerl_cli.rl.policy import load_policy
 from saerl_cli.run.files import read_json, read_jsonl, write_json
 from saerl_cli.sae.files import load_sae, save_sae

@@ -13,8 +13,9 @@ from test_rl_job import TINY, begin, do, lines
 
 from saerl_cli.config import typed
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.jobs import rlhf as job
 from saerl_cli.models import folder_sha256
-from saerl_cli.rl import job, outcome
+from saerl_cli.rl import outcome
 from saerl_cli.run.directory import Run
 
 ROLLOUTS = {"phases": 3, "rollouts": 16, "minibatches": 2, "max_new_tokens": 8}

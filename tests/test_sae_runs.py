@@ -15,9 +15,10 @@ from saerl_cli.config.activations import ActivationsConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, SiteConfig, WorldConfig
 from saerl_cli.config.sae import Architecture, Centre, DecoderNorm, EncoderDtype, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.jobs import train_sae as job
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
-from saerl_cli.sae import job, loop
+from saerl_cli.sae import loop
 from saerl_cli.sae.files import load_sae, read_sae_config
 from saerl_cli.sae.sweep import plan, sweep_points
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, WorldConfig
 from saerl_cli.config.train_lm import TrainLmConfig
-from saerl_cli.planted import cache, job, train
+from saerl_cli.jobs import train_lm as job
+from saerl_cli.planted import cache, train
 from saerl_cli.planted.cache import TINY, damage, planted_documents, planted_model, planted_shape
 from saerl_cli.planted.language import VOCABULARY, review
 from saerl_cli.planted.tokenizer import build_tokenizer, frequent_words
