@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY) ## Run the main job end to end on the embedded model (minutes, no network)
+demo: $(READY) ## Run the main job end to end on the planted model (minutes, no network)
 	$(BIN)/saerl demo
 
 reproduce-%: $(READY) ## Repeat an experiment and compare: make reproduce-001-demo ARGS=--dry-run

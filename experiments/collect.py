@@ -50,9 +50,10 @@ def numbers(path: Path) -> dict[str, Any]:
     """Settings that make a method, and what came out."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.load(path / ".hydra" / "config.yaml")
+    from saerl_cli.run.directory import Run
+
     summary = read(path / "summary.json")
-    plain: Any = OmegaConf.to_container(config)
+    plain: Any = OmegaConf.to_container(Run(path).settings)
     chosen = {key: plain[key.split(".")[0]].get(key.split(".")[1]) for key in CONFIG}
     return chosen | {key: summary[key] for key in SUMMARY if key in summary}
 

@@ -55,7 +55,7 @@ def hydra(name: str, words: list[str] | None) -> None:
 
 @app.command("demo", context_settings=HYDRA, add_help_option=False)
 def demo(overrides: Overrides = None, help: Help = False) -> None:
-    """Run the whole pipeline on the embedded model, offline."""
+    """Run the whole pipeline on the planted model, offline."""
     hydra("demo", overrides)
 
 

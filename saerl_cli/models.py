@@ -102,7 +102,7 @@ def locate(config: ModelConfig) -> Path:
     if config.kind is ModelKind.planted:
         from saerl_cli.planted.cache import planted_model
 
-        return planted_model(config.world)
+        return planted_model(config.planted)
     if config.kind is ModelKind.hub:
         folder = _hub_folder(config, SNAPSHOT)
         _require_files(folder, f"the Hub model {config.name}")
@@ -123,7 +123,7 @@ def describe(config: ModelConfig) -> SimpleNamespace:
     if config.kind is ModelKind.planted:
         from saerl_cli.planted.cache import planted_shape
 
-        return SimpleNamespace(**{"model_type": "gpt_neox", **planted_shape(config.world)})
+        return SimpleNamespace(**{"model_type": "gpt_neox", **planted_shape(config.planted)})
     folder = _hub_folder(config, ["*.json"]) if config.kind is ModelKind.hub else locate(config)
     try:
         description = read_json(folder / "config.json")
@@ -457,7 +457,7 @@ def known_sha256(model: ModelConfig) -> str | None:
     if model.kind is ModelKind.planted:
         from saerl_cli.planted.cache import planted_folder
 
-        folder = planted_folder(model.world)
+        folder = planted_folder(model.planted)
     else:
         folder = locate(model) if model.kind is ModelKind.local else None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0

@@ -17,7 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["SAERL_CACHE"] = str(ROOT / ".cache" / "tests")
 os.environ["OMP_NUM_THREADS"] = "1"
 
-TINY_WORLD = {
+TINY_PLANTED = {
     "documents": 400,
     "hidden_size": 32,
     "layers": 2,
@@ -27,7 +27,7 @@ TINY_WORLD = {
     "batch_size": 16,
 }
 """Settings of a model that trains in seconds; enough for mechanics, not for claims."""
-TINY_WORDS = [f"model.world.{key}={value}" for key, value in TINY_WORLD.items()]
+TINY_WORDS = [f"model.planted.{key}={value}" for key, value in TINY_PLANTED.items()]
 """The same, as words for the command line."""
 
 
@@ -48,12 +48,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_world_model() -> Path:
+def tiny_planted_model() -> Path:
     """Folder of a tiny planted model, trained once and kept in .cache/tests."""
-    from saerl_cli.config.groups import WorldConfig
+    from saerl_cli.config.groups import PlantedConfig
     from saerl_cli.planted.cache import planted_model
 
-    return planted_model(WorldConfig(**TINY_WORLD))
+    return planted_model(PlantedConfig(**TINY_PLANTED))
 
 
 @pytest.fixture

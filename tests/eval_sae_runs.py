@@ -3,17 +3,17 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from conftest import TINY_WORLD
+from conftest import TINY_PLANTED
 
 from saerl_cli.activations import activation_batches, documents
-from saerl_cli.config.groups import DataConfig, ModelConfig, WorldConfig
+from saerl_cli.config.groups import DataConfig, ModelConfig, PlantedConfig
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.models import Loaded, load_model, resolve_sites
 from saerl_cli.run.files import write_json
 from saerl_cli.sae.files import save_sae
 from saerl_cli.sae.loop import train_saes
 
-MODEL = ModelConfig(world=WorldConfig(**TINY_WORLD))
+MODEL = ModelConfig(planted=PlantedConfig(**TINY_PLANTED))
 SETTINGS = SaeConfig(k=4, expansion=4, tokens=20_000, batch_size=256, lr=5e-3)
 _loaded: list[Loaded] = []
 
@@ -50,9 +50,9 @@ def make_run(folder: Path, settings: dict[str, SaeConfig], site: str = "mlp_out.
 
 def record(folder: Path, **changes: object) -> None:
     """Write the config from which model and text are known."""
-    world = "\n".join(f"    {key}: {value}" for key, value in (TINY_WORLD | changes).items())
+    planted = "\n".join(f"    {key}: {value}" for key, value in (TINY_PLANTED | changes).items())
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     (folder / ".hydra" / "config.yaml").write_text(
-        f"model:\n  kind: planted\n  world:\n{world}\ndata:\n  kind: planted\n"
+        f"model:\n  kind: planted\n  planted:\n{planted}\ndata:\n  kind: planted\n"
     )
     write_json(folder / "run.json", {"job": "train_sae", "status": "completed"})

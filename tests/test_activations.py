@@ -15,16 +15,16 @@ from saerl_cli.activations import (
     text_mask,
     token_rows,
 )
-from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, WorldConfig
+from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, PlantedConfig
 from saerl_cli.models import load_model, output_tensor, resolve_sites
 
-PLANTED = ModelConfig(world=WorldConfig(documents=300))
+PLANTED = ModelConfig(planted=PlantedConfig(documents=300))
 STORIES = ModelConfig(kind=ModelKind.local, path="anywhere")
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_world_model):
-    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_world_model)))
+def loaded(tiny_planted_model):
+    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def test_splits_of_text_are_disjoint_and_whole(tmp_path):
     assert len(heldout) == 5
 
 
-def test_splits_of_the_embedded_language_are_disjoint():
+def test_splits_of_the_planted_language_are_disjoint():
     train, heldout = (set(documents(DataConfig(), PLANTED, split)) for split in ("train", "heldout"))
     assert len(train) > 290
     assert not train & heldout
 
 
-def test_the_embedded_language_belongs_to_the_embedded_model():
+def test_the_planted_language_belongs_to_the_planted_model():
     with pytest.raises(ValueError, match="data=planted belongs to model=planted"):
         documents(DataConfig(), STORIES, "train")
 

@@ -15,7 +15,7 @@ from saerl_cli.activations import ShuffledStream, capture, check_stream, special
 from saerl_cli.activations import forward as forward_file
 from saerl_cli.activations.choose import open_stream
 from saerl_cli.config.activations import ActivationsConfig
-from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, WorldConfig
+from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, PlantedConfig
 from saerl_cli.models import load_model, resolve_sites
 
 KINDS = ["memory", "streamed", "cached"]
@@ -23,8 +23,8 @@ TEXTS = [f"we saw film {'good ' * (i % 7)}. it was number {i} ." for i in range(
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_world_model):
-    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_world_model)))
+def loaded(tiny_planted_model):
+    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)))
 
 
 @pytest.fixture(scope="module")
@@ -414,8 +414,8 @@ def test_what_was_left_out_is_reported(loaded, tmp_path):
         assert opened.counts.note() == "left out lines or documents of the text: 40 empty, 40 not UTF-8"
 
 
-def test_the_embedded_language_is_read(loaded):
-    model = ModelConfig(world=WorldConfig(documents=60))
+def test_the_planted_language_is_read(loaded):
+    model = ModelConfig(planted=PlantedConfig(documents=60))
     sites = resolve_sites(["mlp_out.1"], loaded.model)
     stream = open_stream(loaded, model, DataConfig(), ActivationsConfig(buffer_tokens=64), sites, 32)
     assert next(stream)["mlp_out.1"].shape == (32, 32)

@@ -44,8 +44,8 @@ def jsonl(texts):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_world_model):
-    return load_tokenizer(tiny_world_model)
+def tokenizer(tiny_planted_model):
+    return load_tokenizer(tiny_planted_model)
 
 
 @pytest.fixture

@@ -284,11 +284,13 @@ def test_words_that_earn_something():
     def tokens(**part) -> list[int]:
         return kinds.rewarded_tokens(RewardConfig({"x": RewardPart(**part)}), Words())
 
-    assert tokens(kind=RewardKind.world, attribute="cursing") == [1]
+    assert tokens(kind=RewardKind.planted, attribute="cursing") == [1]
     assert tokens(kind=RewardKind.lexicon, words={"Film": 1.0, "damn": -1.0}) == [1, 6]
     assert tokens(kind=RewardKind.count, pattern="^w") == [3]
     assert (
-        tokens(kind=RewardKind.python, function="m:f") == [] == tokens(kind=RewardKind.world, attribute="after_cursing")
+        tokens(kind=RewardKind.python, function="m:f")
+        == []
+        == tokens(kind=RewardKind.planted, attribute="after_cursing")
     )
 
 

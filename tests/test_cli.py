@@ -93,7 +93,7 @@ def test_groups_and_nested_settings_are_in_the_help(saerl):
     shown = saerl("rlhf", "--help").stdout
     assert re.search(r"model=hub \| local \| planted \| pythia-14m \| .*pythia-12b", " ".join(shown.split()))
     assert "algo.kl_coef=0.05: beta" in shown
-    assert "reward.parts.NAME.kind= (world, lexicon, vader, hf, python, count, heavy, verifier)" in shown
+    assert "reward.parts.NAME.kind= (planted, lexicon, vader, hf, python, count, heavy, verifier)" in shown
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -169,7 +169,7 @@ def test_the_flag_is_an_override_and_the_users_own_wins(saerl, words, kind):
 
 
 def test_parts_that_the_user_names_are_added_with_their_words():
-    config = composed("rlhf", ["reward.parts={manners:{kind:world,attribute:polite,weight:0.5}}"])
+    config = composed("rlhf", ["reward.parts={manners:{kind:planted,attribute:polite,weight:0.5}}"])
     assert {name: part.weight for name, part in config.reward.parts.items()} == {"cursing": -1.0, "manners": 0.5}
     lexicon = composed("rlhf", ["reward=lexicon", "reward.parts.lexicon.words={happy: 1.0, sad: -1}"])
     assert lexicon.reward.parts["lexicon"].words == {"happy": 1.0, "sad": -1.0}

@@ -136,7 +136,7 @@ def test_across_models_every_run_has_its_own_limit_and_differences_are_paired(tm
     """Two languages in which everything gains 1 or 10 nats' worth: unpaired, the difference would drown."""
     for language, size in (("ab", 1.0), ("zz", 10.0)):
         for adapter, slope in (("sparse_coeffs", 1.0), ("full", 1.5)):
-            more = {"measured": {"model": language, "prompts": language}, "model.world.seed": size}
+            more = {"measured": {"model": language, "prompts": language}, "model.planted.seed": size}
             evaluation(tmp_path / f"{adapter}-{language}", adapter, 0, slope * size, **more)
     with pytest.raises(ValueError, match=r"unless across=\[...\] names"):
         choose([str(tmp_path)])

@@ -28,7 +28,7 @@ from saerl_cli.sae.metrics import evaluate_saes
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_world_model) -> Path:
+def run(tmp_path_factory, tiny_planted_model) -> Path:
     """Three SAEs of one site, as a sweep leaves them: two seeds and another architecture."""
     settings = {
         "mlp_out.1-k4-seed0": SETTINGS,
@@ -208,13 +208,13 @@ def test_saes_are_found_and_named_by_their_folders(empty_place):
 def test_model_and_text_are_those_of_the_run_unless_given(run, empty_place):
     folders = list_saes([run])
     model, data = settings(EvalSaeConfig(saes=str(run)), folders)
-    assert model.world.hidden_size == 32 and (data.kind.value, data.heldout) == ("planted", 0.1)
+    assert model.planted.hidden_size == 32 and (data.kind.value, data.heldout) == ("planted", 0.1)
     changed = EvalSaeConfig(saes=str(run), model={"dtype": "bfloat16"}, data={"heldout": 0.2})
     model, data = settings(changed, folders)
-    assert (model.world.hidden_size, model.dtype.value, data.heldout) == (32, "bfloat16", 0.2)
+    assert (model.planted.hidden_size, model.dtype.value, data.heldout) == (32, "bfloat16", 0.2)
     chosen = EvalSaeConfig(saes=str(run), model={"kind": "local", "path": "x"}, data={"kind": "text", "path": "y"})
     model, data = settings(chosen, folders)
-    assert (model.kind.value, model.world.hidden_size, data.path) == ("local", 128, "y")  # nothing of the record
+    assert (model.kind.value, model.planted.hidden_size, data.path) == ("local", 128, "y")  # nothing of the record
     alone = {"x": Path(shutil.copytree(next(iter(folders.values())), "x"))}
     with pytest.raises(ValueError, match="no run directory that records their data; write data=…"):
         settings(EvalSaeConfig(saes="x", model={"kind": "planted"}, data={"heldout": 0.2}), alone)
@@ -260,7 +260,7 @@ REFUSALS = {
     ),
     "saes=saes data.heldout=0.9": ("data.heldout must be in (0, 0.5]", None),
     "saes=saes data.heldoutt=0.2": ("data.heldoutt", None),
-    "saes=saes model.world.hidden=2": ("model.world.hidden", None),
+    "saes=saes model.planted.hidden=2": ("model.planted.hidden", None),
 }
 
 
@@ -269,7 +269,7 @@ def test_refused_before_any_work(words, here, monkeypatch, capfd):
     says, needs = REFUSALS[words]
     if callable(needs):
         needs(here)
-    elif needs == "default_model":  # another embedded model, without training it
+    elif needs == "default_model":  # another planted model, without training it
         monkeypatch.setattr(evaluate, "known_sha256", lambda model: "1" * 64)
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr("sys.argv", ["saerl", "eval-sae", *words.split()])

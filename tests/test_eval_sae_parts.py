@@ -35,7 +35,7 @@ from saerl_cli.sae.probe import (
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_world_model):
+def loaded(tiny_planted_model):
     return tiny_model()
 
 

@@ -107,10 +107,10 @@ def test_pieces_of_subwords_put_together_are_the_text(shared_data):
     assert len(ids) > len(text.split()) and "".join(piece(tokenizer, i) for i in ids).strip() == text
 
 
-def test_pieces_of_words_have_spaces_between_them(tiny_world_model):
+def test_pieces_of_words_have_spaces_between_them(tiny_planted_model):
     from saerl_cli.models import load_tokenizer
 
-    tokenizer = load_tokenizer(tiny_world_model)
+    tokenizer = load_tokenizer(tiny_planted_model)
     text = "the film was good, thanks."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert "".join(piece(tokenizer, i) for i in ids).strip() in (text, "the film was good , thanks .")
@@ -327,11 +327,11 @@ def test_auroc_and_f1_by_hand():
     assert (second["attribute"], second["f1"]) == ("a", pytest.approx(2 / 3))
 
 
-def test_the_output_side_finds_the_attribute_whose_words_are_promoted(tiny_world_model):
+def test_the_output_side_finds_the_attribute_whose_words_are_promoted(tiny_planted_model):
     from saerl_cli.models import load_tokenizer
     from saerl_cli.planted.language import attribute_words
 
-    tokenizer = load_tokenizer(tiny_world_model)
+    tokenizer = load_tokenizer(tiny_planted_model)
     effect = torch.zeros(2, len(tokenizer))
     effect[0, tokenizer.convert_tokens_to_ids(sorted(attribute_words("cursing")))] = 1.0
     effect[1, tokenizer.convert_tokens_to_ids(sorted(attribute_words("polite")))] = -2.0
@@ -510,9 +510,9 @@ def test_nothing_is_asked_unless_a_model_is_named():
         ExplainConfig(endpoint="http://localhost/v1")
 
 
-def test_a_local_model_is_asked_by_its_likeliest_tokens(tiny_world_model):
+def test_a_local_model_is_asked_by_its_likeliest_tokens(tiny_planted_model):
     """Mechanics: a model that cannot answer leaves texts unread and is not scored; twice the same."""
-    config = ExplainConfig(model=str(tiny_world_model), max_tokens=6, judged=2)
+    config = ExplainConfig(model=str(tiny_planted_model), max_tokens=6, judged=2)
     one = {
         "feature": 0,
         "contexts": [words("the", "damn", "film")],

@@ -18,7 +18,7 @@ from saerl_cli.analysis.features import Depth, Source, describe_features, descri
 from saerl_cli.analysis.features.moved import completions_text, in_policy, snapshot_deltas
 from saerl_cli.analysis.features_job import check
 from saerl_cli.config.features import FeaturesConfig
-from saerl_cli.config.groups import DataConfig, ModelConfig, WorldConfig
+from saerl_cli.config.groups import DataConfig, ModelConfig, PlantedConfig
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.jobs import rlhf as rl_job
 from saerl_cli.models import load_model, resolve_sites
@@ -29,7 +29,7 @@ from saerl_cli.sae.files import load_sae, save_sae
 
 saes = test_rl_job.saes  # fixtures
 service = test_features.service
-WORLD = WorldConfig(**test_rl_job.TINY)
+PLANTED = PlantedConfig(**test_rl_job.TINY)
 FEW = ["tokens=2000", "contexts=4", "cpu=true"]
 
 
@@ -42,7 +42,7 @@ def finished(saes, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full_run(tmp_path_factory, tiny_world_model) -> Path:
+def full_run(tmp_path_factory, tiny_planted_model) -> Path:
     """The folder of a run without coefficients, as far as the checks look."""
     path = tmp_path_factory.mktemp("runs") / "full"
     test_rl_job.begin(path, settings(None)).end("completed")
@@ -125,9 +125,9 @@ def test_features_in_the_policy_are_read_before_their_coefficient(finished, saes
     policy = load_policy(finished)
     model = policy.model.get_base_model()
     sae = load_sae(saes / "mlp_out.1")
-    loaded = load_model(ModelConfig(world=WORLD))
+    loaded = load_model(ModelConfig(planted=PLANTED))
     site = resolve_sites(["mlp_out.1"], loaded.model)[0]
-    text = heldout_text(DataConfig(), ModelConfig(world=WORLD), loaded, 600)
+    text = heldout_text(DataConfig(), ModelConfig(planted=PLANTED), loaded, 600)
     base = Source(loaded.model, site, sae)
     with policy.reference():
         reference = take_census(in_policy(policy, base, reference=True), text)
@@ -188,13 +188,13 @@ def test_describe_run_keeps_its_file(finished, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def graded(tiny_world_model, tmp_path_factory) -> tuple[Path, dict[str, int]]:
+def graded(tiny_planted_model, tmp_path_factory) -> tuple[Path, dict[str, int]]:
     """An SAE two of whose features read and write what the model has for an attribute; the others are random."""
     from saerl_cli.activations import capture
 
-    loaded = load_model(ModelConfig(world=WORLD))
+    loaded = load_model(ModelConfig(planted=PLANTED))
     site = resolve_sites(["resid_post.1"], loaded.model)[0]
-    text = heldout_text(DataConfig(), ModelConfig(world=WORLD), loaded, 4000)
+    text = heldout_text(DataConfig(), ModelConfig(planted=PLANTED), loaded, 4000)
     from saerl_cli.analysis.features.attributes import truth_of
 
     truth, names = truth_of(text.rows, text.mask, loaded.tokenizer)
@@ -236,9 +236,9 @@ def words_of(attribute: str) -> frozenset[str]:
 def test_features_that_stand_for_an_attribute_are_found_on_both_sides(graded):
     """As a notebook does it, without a run directory."""
     folder, planted = graded
-    loaded = load_model(ModelConfig(world=WORLD))
+    loaded = load_model(ModelConfig(planted=PLANTED))
     source = Source(loaded.model, resolve_sites(["resid_post.1"], loaded.model)[0], load_sae(folder / "resid_post.1"))
-    text = heldout_text(DataConfig(), ModelConfig(world=WORLD), loaded, 4000)
+    text = heldout_text(DataConfig(), ModelConfig(planted=PLANTED), loaded, 4000)
     census = take_census(source, text)
     found = describe_features(source, loaded, text, census, list(planted.values()), Depth(attributes=True))
     for name, one in zip(planted, found, strict=True):

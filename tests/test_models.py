@@ -43,9 +43,9 @@ def local(folder) -> ModelConfig:
 
 
 @pytest.fixture
-def copied(tiny_world_model, tmp_path):
+def copied(tiny_planted_model, tmp_path):
     """A copy of the tiny model that a test may damage."""
-    return shutil.copytree(tiny_world_model, tmp_path / "model")
+    return shutil.copytree(tiny_planted_model, tmp_path / "model")
 
 
 # --- sites -----------------------------------------------------------------------------------------------------------
@@ -123,21 +123,21 @@ def test_a_llama_has_no_mlp_hidden_alias():
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_model_is_frozen_and_pads_on_the_left(tiny_world_model):
-    loaded = load_model(local(tiny_world_model))
+def test_a_loaded_model_is_frozen_and_pads_on_the_left(tiny_planted_model):
+    loaded = load_model(local(tiny_planted_model))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.tokenizer.padding_side == "left"
     assert loaded.tokenizer.pad_token_id is not None
     assert loaded.context_size == loaded.model.config.max_position_embeddings
-    assert loaded.sha256 == hashlib.sha256((tiny_world_model / "model.safetensors").read_bytes()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256((tiny_planted_model / "model.safetensors").read_bytes()).hexdigest()
     assert set(eos_token_ids(loaded)) == {loaded.tokenizer.eos_token_id}
     assert separator_id(loaded.tokenizer) == loaded.tokenizer.eos_token_id
-    assert describe(local(tiny_world_model)).hidden_size == loaded.model.config.hidden_size
+    assert describe(local(tiny_planted_model)).hidden_size == loaded.model.config.hidden_size
 
 
-def test_the_precision_is_the_one_asked_for(tiny_world_model):
-    config = ModelConfig(kind=ModelKind.local, path=str(tiny_world_model), dtype=Dtype.bfloat16)
+def test_the_precision_is_the_one_asked_for(tiny_planted_model):
+    config = ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model), dtype=Dtype.bfloat16)
     assert {parameter.dtype for parameter in load_model(config).model.parameters()} == {torch.bfloat16}
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs: of the embedded language, and of files."""
+"""Preference pairs: of the planted language, and of files."""
 
 import gzip
 import json

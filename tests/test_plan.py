@@ -68,7 +68,7 @@ def test_and_those_of_the_real_classes(size):
 def test_the_embedded_model_and_local_ones_are_counted(shared_data):
     config = ModelConfig()
     with torch.device("meta"):
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**planted_shape(config.world)))
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**planted_shape(config.planted)))
     assert shape_of(config)[0].parameters == sum(p.numel() for p in model.parameters()) == 869_632
     nano = ModelConfig(kind=ModelKind.local, path=str(shared_data / "neox_stories_nano"))
     assert shape_of(nano)[0].parameters == 265_600
@@ -104,7 +104,7 @@ def adapters() -> dict[str, AdapterConfig]:
 
 
 @pytest.mark.parametrize("name", adapters())
-def test_trained_numbers_are_the_adapter_s(name, tiny_world_model, tmp_path):
+def test_trained_numbers_are_the_adapter_s(name, tiny_planted_model, tmp_path):
     from peft import get_peft_model
 
     from saerl_cli.adapter import peft_config
@@ -112,7 +112,7 @@ def test_trained_numbers_are_the_adapter_s(name, tiny_world_model, tmp_path):
     from saerl_cli.sae.autoencoder import SAE
     from saerl_cli.sae.files import save_sae
 
-    model, adapter = ModelConfig(kind=ModelKind.local, path=str(tiny_world_model)), adapters()[name]
+    model, adapter = ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)), adapters()[name]
     loaded, saes = load_model(model), {}
     for site in adapter.sites or [] if adapter.d_sae else []:
         sae = SAE(32, 40, "topk", 4)
@@ -380,11 +380,11 @@ def test_planted_pairs_and_documents_are_as_long_as_their_tokens():
     assert packed.sequences == pytest.approx(3000 * 32 / 96)
 
 
-def test_an_examples_file_is_counted_by_the_model_s_tokenizer(tmp_path, tiny_world_model):
+def test_an_examples_file_is_counted_by_the_model_s_tokenizer(tmp_path, tiny_planted_model):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join('{"prompt": "the movie", "completion": "was good ."}' for _ in range(10)))
     config = composed("rlhf", ["algo=sft", f"algo.examples={file}"])
-    config.model = ModelConfig(kind=ModelKind.local, path=str(tiny_world_model))
+    config.model = ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model))
     found = supervised.examples_of(Policy(config, [], None))
     assert (found.sequences, found.heldout, found.padded) == (9, 1, 6)  # with the end token
 

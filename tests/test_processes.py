@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import test_rl_job
-from conftest import TINY_WORDS, TINY_WORLD
+from conftest import TINY_PLANTED, TINY_WORDS
 from safetensors.torch import load_file
 
 from saerl_cli.run.directory import Run
@@ -56,16 +56,23 @@ def in_one_and_in_two(saerl: Any, *words: str) -> tuple[Path, Path]:
 
 # --- train-lm --------------------------------------------------------------------------------------------------------
 
-LM = ("train-lm", *TINY_WORDS, "model.world.steps=30", "model.world.batch_size=15", "log_every=5", "checkpoint_every=5")
+LM = (
+    "train-lm",
+    *TINY_WORDS,
+    "model.planted.steps=30",
+    "model.planted.batch_size=15",
+    "log_every=5",
+    "checkpoint_every=5",
+)
 
 
 @pytest.fixture
 def text(empty_place) -> str:
-    """A file of the embedded language's own reviews, about 40,000 words."""
-    from saerl_cli.config.groups import WorldConfig
+    """A file of the planted language's own reviews, about 40,000 words."""
+    from saerl_cli.config.groups import PlantedConfig
     from saerl_cli.planted.cache import planted_documents
 
-    reviews = planted_documents(WorldConfig(**TINY_WORLD | {"documents": 2500}), "train")
+    reviews = planted_documents(PlantedConfig(**TINY_PLANTED | {"documents": 2500}), "train")
     Path("text.jsonl").write_text("".join(json.dumps({"text": review.text}) + "\n" for review in reviews))
     return "text.jsonl"
 
@@ -83,11 +90,11 @@ def test_train_lm(saerl, text):
     same(*(read_json(run / "summary.json") for run in (one, two)), rel=1e-4)
 
 
-def test_train_lm_of_the_embedded_language_fills_the_cache_once(saerl, tmp_path):
-    words = (*LM, "launch=cpu_2", "model.world.steps=6")
+def test_train_lm_of_the_planted_language_fills_the_cache_once(saerl, tmp_path):
+    words = (*LM, "launch=cpu_2", "model.planted.steps=6")
     made = saerl(*words, "hydra.run.dir=made", SAERL_CACHE=str(tmp_path / "cache"))
     assert made.returncode == 0, made.stderr
-    assert made.stderr.count("training the embedded language model") == 1
+    assert made.stderr.count("training the planted language model") == 1
     copied = saerl(*words, "hydra.run.dir=copied", SAERL_CACHE=str(tmp_path / "cache"))
     assert "in the cache already" in copied.stderr
     hashes = [read_json(Path(run, "summary.json"))["sha256"] for run in ("made", "copied")]
@@ -122,7 +129,7 @@ def test_train_lm_goes_on_to_the_bit_where_a_rank_was_killed(saerl, text):
 # --- train-sae -------------------------------------------------------------------------------------------------------
 
 
-def test_train_sae_in_two_processes_goes_on_to_the_bit_where_it_was_killed(saerl, tiny_world_model):
+def test_train_sae_in_two_processes_goes_on_to_the_bit_where_it_was_killed(saerl, tiny_planted_model):
     """SIGKILL of the command with everything below it, between two checkpoints, twice."""
     words = (
         *("train-sae", *TINY_WORDS, "site=[mlp_out.1,resid_post.0]", "launch=cpu_2", "activations.buffer_tokens=1024"),
@@ -157,7 +164,7 @@ def test_train_sae_in_two_processes_goes_on_to_the_bit_where_it_was_killed(saerl
 # --- eval-sae --------------------------------------------------------------------------------------------------------
 
 
-def test_eval_sae(saerl, text, tiny_world_model):
+def test_eval_sae(saerl, text, tiny_planted_model):
     """Five chunks of text, three for one process and two for the other; controls and probes included."""
     from eval_sae_runs import SETTINGS, make_run
 

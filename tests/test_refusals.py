@@ -120,9 +120,13 @@ CONTRADICTIONS = [
     Case("rlhf algo.kl_coef=0", "algo.kl_coef must be > 0"),
     Case("rlhf algo.minibatches=7", "algo.minibatches=7 must divide algo.rollouts=64"),
     Case("rlhf algo.rollouts=4 launch=cpu_2", "must be a multiple of launch.num_processes x algo.minibatches = 8"),
-    Case("rlhf reward.parts.a.kind=world", "a new part of reward.parts is written whole: 'reward.parts={NAME:"),
-    Case("rlhf reward.parts={a:{kid:world}}", "there is no setting reward.parts.a.kid"),
-    Case("rlhf reward.parts={a:{kind:world}}", "a reward part of kind world needs attribute"),
+    Case("rlhf reward.parts.a.kind=planted", "a new part of reward.parts is written whole: 'reward.parts={NAME:"),
+    Case("rlhf reward.parts={a:{kid:planted}}", "there is no setting reward.parts.a.kid"),
+    Case("rlhf reward.parts={a:{kind:planted}}", "a reward part of kind planted needs attribute"),
+    Case("rlhf model.world.seed=3", "model.world is called model.planted now"),
+    Case("train-lm -m model.world.seed=1,2", "model.world is called model.planted now"),
+    Case("rlhf reward=cursing reward.parts.cursing.kind=world", "parts.cursing.kind=world is called planted now"),
+    Case("rlhf reward.parts={a:{kind:world,attribute:polite}}", "reward.parts.a.kind=world is called planted now"),
     Case("rlhf reward=lexicon", "a reward part of kind lexicon needs path or words"),
 ]
 NO_GPU = (("CUDA_VISIBLE_DEVICES", ""),)
@@ -192,7 +196,7 @@ JOBS = [
     Case("rlhf algo=dpo algo.pairs.kind=file", "pairs.kind=file needs pairs.path=FILE"),
     Case("rlhf algo=dpo algo.pairs.kind=file algo.pairs.path=nope.jsonl", "pairs.path=nope.jsonl does not exist"),
     Case("train-lm model=local model.path=x", "train-lm makes a new model"),
-    Case("train-lm launch=cpu_2 model.world.batch_size=1", "is less than a row for each of launch.num_processes=2"),
+    Case("train-lm launch=cpu_2 model.planted.batch_size=1", "is less than a row for each of launch.num_processes=2"),
     Case("demo overrides.nope=[x]", "overrides.nope: no such stage"),
 ]
 

@@ -291,7 +291,7 @@ def test_gold_is_what_is_measured_and_not_learned_from():
     assert gold_parts(settings(words={"kind": "lexicon", "weight": 1.0})) == {}
     held_out = settings(words={"kind": "lexicon", "weight": 1.0}, judge={"kind": "hf", "weight": 0})
     assert gold_parts(held_out) == {"judge": 1.0}
-    injected = settings(base={"kind": "world", "weight": -1.0}, error={"kind": "heavy", "weight": 1.0})
+    injected = settings(base={"kind": "planted", "weight": -1.0}, error={"kind": "heavy", "weight": 1.0})
     assert gold_parts(injected) == {"base": -1.0}
     lines = [{"step": 1, "kl": 0.5, "reward": 3.0, "reward/base": 2.0, "reward/error": 5.0}, {"step": 2, "reward": 1.0}]
     assert proxy_and_gold(lines, {"base": -1.0}) == [{"step": 1, "kl": 0.5, "proxy": 3.0, "gold": -2.0}]

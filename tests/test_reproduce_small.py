@@ -5,7 +5,7 @@ import json
 from fnmatch import fnmatch
 
 import pytest
-from conftest import TINY_WORLD
+from conftest import TINY_PLANTED
 
 from saerl_cli.config.pipeline import load_pipeline
 from saerl_cli.reproduce import verdict
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def own_model_and_text(tmp_path_factory) -> list[str]:
     """What the experiments on models in folders are given here: a tiny model and a text that its tokenizer knows."""
-    from saerl_cli.config.groups import WorldConfig
+    from saerl_cli.config.groups import PlantedConfig
     from saerl_cli.planted.cache import planted_model
     from saerl_cli.planted.language import reviews
 
-    model = planted_model(WorldConfig(**TINY_WORLD | {"layers": 4}))
+    model = planted_model(PlantedConfig(**TINY_PLANTED | {"layers": 4}))
     stories = tmp_path_factory.mktemp("text") / "stories.jsonl"
     texts = [review.text for review in itertools.islice(reviews(0), 600)]
     stories.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

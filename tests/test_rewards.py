@@ -81,10 +81,10 @@ def test_refusals_name_the_part_in_one_line(part, message):
     assert str(caught.value).startswith("reward.parts.mine: ") and "\n" not in str(caught.value)
 
 
-def test_unknown_world_attribute_lists_those_there_are():
+def test_unknown_planted_attribute_lists_those_there_are():
     language = pytest.importorskip("saerl_cli.planted.language")
     with pytest.raises(ValueError, match="unknown attribute 'swearing'; there are .*cursing"):
-        check_reward(config_of(mine={"kind": RewardKind.world, "attribute": "swearing"}))
+        check_reward(config_of(mine={"kind": RewardKind.planted, "attribute": "swearing"}))
     assert "cursing" in language.ATTRIBUTES
 
 

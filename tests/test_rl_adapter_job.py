@@ -211,7 +211,7 @@ def test_settings_of_another_adapter_and_contradictions(saes, overrides, message
          "adapter.k=9 directions cannot fire of adapter.d_sae=8"),
     ],
 )  # fmt: skip
-def test_places_that_the_model_lacks(tiny_world_model, overrides, message):
+def test_places_that_the_model_lacks(tiny_planted_model, overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
         job.check(settings(None, *overrides))
     assert "\n" not in str(caught.value)
@@ -243,7 +243,7 @@ def test_another_random_dictionary_is_not_continued(saes, tmp_path):  # noqa: F8
 
 
 @pytest.mark.slow
-def test_the_command_runs_resumes_and_exports(saerl, tiny_world_model, empty_place):
+def test_the_command_runs_resumes_and_exports(saerl, tiny_planted_model, empty_place):
     tiny_sae(empty_place / "saes")
     small = [*TINY_WORDS, "algo.phases=2", "algo.rollouts=16", "algo.minibatches=2", "algo.max_new_tokens=8"]
     small += ["evaluation.samples=16", "evaluation.heldout_tokens=500", "checkpoint_every=1", "hydra.run.dir=run"]

@@ -1,4 +1,4 @@
-"""`saerl rlhf algo=...` on a tiny embedded world: one run directory for every algorithm, resume, warnings."""
+"""`saerl rlhf algo=...` on a tiny planted language: one run directory for every algorithm, resume, warnings."""
 
 import json
 import math
@@ -31,12 +31,12 @@ ALGOS = {
 
 
 @pytest.fixture(scope="module")
-def saes(tiny_world_model, tmp_path_factory) -> Path:
+def saes(tiny_planted_model, tmp_path_factory) -> Path:
     """A random SAE at one MLP output."""
     folder = tmp_path_factory.mktemp("saes")
     sae = tiny_sae(folder, "mlp_out.1")
     config = json.loads((sae / "cfg.json").read_text())
-    config["metadata"]["saerl"]["model_sha256"] = folder_sha256(tiny_world_model)
+    config["metadata"]["saerl"]["model_sha256"] = folder_sha256(tiny_planted_model)
     (sae / "cfg.json").write_text(json.dumps(config))
     return folder
 
@@ -45,9 +45,9 @@ def settings(algo: str, saes: Path | None, *overrides: str) -> RlhfConfig:
     """A tiny run against cursing; `saes` None trains every weight."""
     adapter = {"kind": "sparse_coeffs", "saes": str(saes), "lr": 5e-2} if saes else {"kind": "full", "lr": 1e-3}
     fixed = {
-        "model": {"world": TINY},
+        "model": {"planted": TINY},
         "adapter": adapter,
-        "reward": {"parts": {"cursing": {"kind": "world", "attribute": "cursing", "weight": -1.0}}},
+        "reward": {"parts": {"cursing": {"kind": "planted", "attribute": "cursing", "weight": -1.0}}},
         "algo": {"kind": algo, **ALGOS[algo]},
         "evaluation": {"samples": 16, "tracked": 8, "batch_size": 16, "every": 1, "heldout_tokens": 500},
         "launch": {"cpu": True},
@@ -203,7 +203,7 @@ def test_examples_teach_their_completions_alone(saes, tmp_path):
     assert summary["training_effect"] < 0
 
 
-def test_rows_and_labels(tiny_world_model):
+def test_rows_and_labels(tiny_planted_model):
     from saerl_cli.data.examples import Example
     from saerl_cli.rl.trainers.supervised import example_row, fitting, packed_row
 

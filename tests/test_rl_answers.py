@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_rl_job import begin, do, lines, settings
 
-from saerl_cli.config.groups import WorldConfig
+from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import PromptConfig, PromptKind
 from saerl_cli.data.questions import Question, arithmetic_questions, file_questions
@@ -30,7 +30,7 @@ RIGHT = (
 
 
 def test_arithmetic_questions_end_before_the_result_and_know_the_right_one():
-    questions = list(arithmetic_questions(WorldConfig(documents=300), "train"))
+    questions = list(arithmetic_questions(PlantedConfig(documents=300), "train"))
     assert len(questions) > 20
     for question in questions:
         words = [*split_words(question.prompt), question.answer]
@@ -144,7 +144,7 @@ def test_clipping_counts_what_it_clips_and_nothing_changes_by_default():
 # --- through the job -------------------------------------------------------------------------------------------------
 
 
-def test_a_verified_run_measures_pass_at_k_first_and_warns(tiny_world_model, tmp_path, capsys):
+def test_a_verified_run_measures_pass_at_k_first_and_warns(tiny_planted_model, tmp_path, capsys):
     """Prompts of many lengths, answers through TRL to the verifier; a model this small may be right or never."""
     config = settings(None, *RIGHT, "algo.phases=1", "evaluation.samples=32", "prompts.count=64")
     job.check(config)
@@ -164,7 +164,7 @@ def test_a_verified_run_measures_pass_at_k_first_and_warns(tiny_world_model, tmp
 
 
 @pytest.mark.parametrize("kind", ["calibrate", "running"])
-def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_world_model, tmp_path, monkeypatch, kind):
+def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_planted_model, tmp_path, monkeypatch, kind):
     from saerl_cli.rl.trainers.ppo import PPOTrainer
 
     config = settings(None, f"reward.normalise={kind}", "reward.clip=1.5")
@@ -199,7 +199,7 @@ def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_world_mod
     assert strip[0] == strip[1]
 
 
-def test_calibration_without_spread_is_refused(tiny_world_model, tmp_path):
+def test_calibration_without_spread_is_refused(tiny_planted_model, tmp_path):
     words = ("reward.parts.cursing.kind=lexicon", "reward.parts.cursing.words={zzz: 1.0}")
     with pytest.raises(ValueError, match="which is 0 for every completion of the untouched model"):
         do(tmp_path, settings(None, "reward.normalise=calibrate", "algo.phases=1", *words))

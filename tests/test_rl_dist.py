@@ -60,7 +60,7 @@ def test_two_processes_with_the_cache_are_two_without_it(tmp_path):
 
 @pytest.mark.parametrize("algo", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launch", ["one", "cpu_2"])
-def test_killed_at_any_moment_and_started_again(saerl, tiny_world_model, empty_place, launch, algo):
+def test_killed_at_any_moment_and_started_again(saerl, tiny_planted_model, empty_place, launch, algo):
     tiny_sae(empty_place / "saes")
     words = [
         *WORDS,
@@ -101,7 +101,7 @@ def untimed(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
-def test_random_directions_and_effects_are_shared_by_two_processes(saerl, tiny_world_model, empty_place):
+def test_random_directions_and_effects_are_shared_by_two_processes(saerl, tiny_planted_model, empty_place):
     tiny_sae(empty_place / "saes")
     words = ["rlhf", "adapter=random_dictionary", *WORDS[2:], f"adapter.saes={empty_place / 'saes'}", "algo.phases=1"]
     few = ["adapter.sparsity.l1=0.01", "adapter.sparsity.l1_scale=effect", "adapter.sparsity.hard_concrete=1e-3"]
@@ -113,7 +113,7 @@ def test_random_directions_and_effects_are_shared_by_two_processes(saerl, tiny_w
     assert untimed(empty_place / "run")[0]["kl"] == 0
 
 
-def test_another_number_of_processes_is_another_run(saerl, tiny_world_model, empty_place):
+def test_another_number_of_processes_is_another_run(saerl, tiny_planted_model, empty_place):
     tiny_sae(empty_place / "saes")
     words = [*WORDS, f"adapter.saes={empty_place / 'saes'}", "hydra.run.dir=run", "algo.phases=1"]
     assert saerl(*words).returncode == 0

@@ -1,4 +1,4 @@
-"""The jobs rlhf and evaluate on a tiny embedded world: refusals, run directory, resuming, proof of restriction."""
+"""The jobs rlhf and evaluate on a tiny planted language: refusals, run directory, resuming, proof of restriction."""
 
 import json
 import math
@@ -28,13 +28,13 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def saes(tiny_world_model, tmp_path_factory) -> Path:
+def saes(tiny_planted_model, tmp_path_factory) -> Path:
     """Random SAEs at both MLP outputs, which say which model they belong to."""
     folder = tmp_path_factory.mktemp("saes")
     for site in ("mlp_out.0", "mlp_out.1"):
         sae = tiny_sae(folder, site)
         config = json.loads((sae / "cfg.json").read_text())
-        config["metadata"]["saerl"]["model_sha256"] = folder_sha256(tiny_world_model)
+        config["metadata"]["saerl"]["model_sha256"] = folder_sha256(tiny_planted_model)
         (sae / "cfg.json").write_text(json.dumps(config))
     return folder
 
@@ -46,8 +46,8 @@ SILENT = ("reward.parts.cursing.kind=lexicon", "reward.parts.cursing.words={zzz:
 def settings(saes: Path | None, *overrides: str) -> RlhfConfig:
     """A tiny run against cursing; `saes` None trains every weight."""
     adapter = {"kind": "sparse_coeffs", "saes": str(saes), "lr": 5e-2} if saes else {"kind": "full", "lr": 1e-3}
-    reward = {"parts": {"cursing": {"kind": "world", "attribute": "cursing", "weight": -1.0}}}
-    fixed = {"model": {"world": TINY}, "adapter": adapter, "reward": reward, **SMALL}
+    reward = {"parts": {"cursing": {"kind": "planted", "attribute": "cursing", "weight": -1.0}}}
+    fixed = {"model": {"planted": TINY}, "adapter": adapter, "reward": reward, **SMALL}
     words = OmegaConf.from_dotlist(list(overrides))
     return typed(OmegaConf.merge(OmegaConf.structured(RlhfConfig), fixed, words), RlhfConfig)
 
@@ -84,8 +84,8 @@ def test_a_sound_run_is_not_refused(saes):
     [
         (["adapter.saes=/nowhere"], "no SAEs at /nowhere"),
         (["adapter.sites=[mlp_out.7]"], "there is no SAE of mlp_out.7 in .*; there are mlp_out.0, mlp_out.1"),
-        (["model.world.seed=7", "model.world.hidden_size=64"], "d_in=32, but the site has width 64"),
-        (["model.world.layers=1"], "mlp_out.1: layer 1 is out of range"),
+        (["model.planted.seed=7", "model.planted.hidden_size=64"], "d_in=32, but the site has width 64"),
+        (["model.planted.layers=1"], "mlp_out.1: layer 1 is out of range"),
         (["prompts.count=10"], "10 distinct prompts of 6 tokens, but one phase takes algo.rollouts=16"),
         (["prompts.tokens=1", "algo.rollouts=64"], r"\d+ distinct prompts of 1 tokens"),
         (["algo.max_new_tokens=60"], "max_new_tokens=60 = 66 tokens exceed the model's context of 64"),
@@ -107,7 +107,7 @@ def test_what_a_kill_left_half_written_is_no_sae(saes, tmp_path):
     job.check(settings(tmp_path / "saes"))
 
 
-def test_sae_of_another_model_is_refused(saes, tiny_world_model, tmp_path):
+def test_sae_of_another_model_is_refused(saes, tiny_planted_model, tmp_path):
     config = json.loads((tiny_sae(tmp_path) / "cfg.json").read_text())
     config["metadata"]["saerl"]["model_sha256"] = "0" * 64
     (tmp_path / "mlp_out.1" / "cfg.json").write_text(json.dumps(config))
@@ -190,16 +190,20 @@ def test_metrics_and_samples_begin_at_the_start(finished):
     assert [row["prompt"] for row in samples[:8]] == [row["prompt"] for row in samples[24:]], "the same prompts always"
 
 
-def test_run_json_says_what_went_in_and_what_moved(finished, saes, tiny_world_model):
+def test_run_json_says_what_went_in_and_what_moved(finished, saes, tiny_planted_model):
     record = finished.record
-    assert record["inputs"]["model"] == {"name": "planted", "revision": None, "sha256": folder_sha256(tiny_world_model)}
+    assert record["inputs"]["model"] == {
+        "name": "planted",
+        "revision": None,
+        "sha256": folder_sha256(tiny_planted_model),
+    }
     assert record["inputs"]["sae"].keys() == {"mlp_out.0", "mlp_out.1"}
     assert sorted(record["trainable"].values()) == [1, 32, 64, 64]
     assert record["frozen_unchanged"] is True and record["frozen_tensors"] > 20
     assert record["reward_spread"]["reward"].keys() == {"mean", "std", "ties", "coverage"}
 
 
-def test_the_adapter_is_coefficients_only_and_loads_with_plain_peft(finished, tiny_world_model):
+def test_the_adapter_is_coefficients_only_and_loads_with_plain_peft(finished, tiny_planted_model):
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -208,7 +212,9 @@ def test_the_adapter_is_coefficients_only_and_loads_with_plain_peft(finished, ti
 
     tensors = load_file(finished.path / "adapter" / "adapter_model.safetensors")
     assert sorted(t.numel() for t in tensors.values()) == [64, 64]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_world_model), finished.path / "adapter")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_planted_model), finished.path / "adapter"
+    )
     moved = {(f["site"], f["feature"]): f["delta"] for f in finished.read_summary()["top_features"]}
     from saerl_cli.adapter import deltas
 

@@ -9,6 +9,8 @@ import sys
 import psutil
 import pytest
 
+from saerl_cli.config.reward import RewardKind
+from saerl_cli.rl.runs import run_config
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, sha256_file, write_json
@@ -88,6 +90,23 @@ def test_checkpoints_are_complete_or_absent_and_old_ones_go(tmp_path):
     step, folder = run.latest_checkpoint() or (0, tmp_path)
     assert (step, read_json(folder / "state.json")) == (11, 11)
     assert sorted(path.name for path in run.checkpoint_folder.iterdir()) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_a_run_of_an_earlier_version_is_read_in_todays_words(tmp_path):
+    old = {"model": {"world": {"seed": 3}}, "reward": {"parts": {"curses": {"kind": "world", "attribute": "cursing"}}}}
+    flat = {"model.world.seed": 3, "reward.parts.curses.kind": "world"}
+    (tmp_path / ".hydra").mkdir()
+    write_json(tmp_path / ".hydra" / "config.yaml", old)  # JSON is YAML
+    write_json(tmp_path / "run.json", {"job": "rlhf", "world": 2, "trained_with": flat})
+    write_json(tmp_path / "summary.json", {"measured": {"reward": old["reward"]}, "kind": "world"})
+    run = Run(tmp_path)
+    part = {"kind": "planted", "attribute": "cursing"}
+    assert run.settings == {"model": {"planted": {"seed": 3}}, "reward": {"parts": {"curses": part}}}
+    assert run.record["trained_with"] == {"model.planted.seed": 3, "reward.parts.curses.kind": "planted"}
+    assert run.record["world"] == 2
+    assert run.read_summary() == {"measured": {"reward": {"parts": {"curses": part}}}, "kind": "world"}
+    config = run_config(tmp_path)
+    assert config.model.planted.seed == 3 and config.reward.parts["curses"].kind is RewardKind.planted
 
 
 def test_reading_what_is_no_run_is_refused(tmp_path):

@@ -153,7 +153,7 @@ def test_accelerate_leaves_a_split_model_to_transformers():
 @pytest.mark.parametrize("got, asked", [(1, 2), (2, 1)])
 def test_a_wrong_world_size_is_an_error(got, asked):
     with pytest.raises(RuntimeError, match=f"num_processes={asked}, but {got}"):
-        worker.check_world_size(got, asked)
+        worker.check_planted_size(got, asked)
 
 
 # --- what a failure is called ----------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def test_a_stopped_command_leaves_no_ranks_behind(number):
 @pytest.mark.slow
 def test_a_sweep_through_a_launcher(saerl, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
-    words = ["train-lm", "-m", "hydra/launcher=submitit_local", *TINY_WORDS, "model.world.steps=4,5"]
+    words = ["train-lm", "-m", "hydra/launcher=submitit_local", *TINY_WORDS, "model.planted.steps=4,5"]
     done = saerl(*words, "hydra.sweep.dir=out", SAERL_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert [Run.load(f"out/{i}").read_summary()["steps"] for i in range(2)] == [4, 5]

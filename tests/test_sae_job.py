@@ -14,11 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_WORDS, TINY_WORLD
+from conftest import TINY_PLANTED, TINY_WORDS
 from safetensors.torch import load_file
 
 from saerl_cli.config.activations import ActivationsConfig
-from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, SiteConfig, WorldConfig
+from saerl_cli.config.groups import (
+    DataConfig,
+    DataKind,
+    LaunchConfig,
+    ModelConfig,
+    ModelKind,
+    PlantedConfig,
+    SiteConfig,
+)
 from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.jobs import train_sae as job
@@ -46,7 +54,7 @@ ACCELERATOR = SimpleNamespace(
 
 def tiny(**changes) -> TrainSaeConfig:
     config = TrainSaeConfig(
-        model=ModelConfig(world=WorldConfig(**TINY_WORLD)),
+        model=ModelConfig(planted=PlantedConfig(**TINY_PLANTED)),
         site=SiteConfig(names=["mlp_out.1", "resid_post.0"]),
         activations=ActivationsConfig(buffer_tokens=1024),
         sae=SaeConfig(**SIZES, lr=1e-2),
@@ -73,7 +81,7 @@ def equal(a: Path, b: Path) -> bool:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_one_command_trains_saes_at_several_sites(saerl, tiny_world_model):
+def test_one_command_trains_saes_at_several_sites(saerl, tiny_planted_model):
     done = saerl("train-sae", *WORDS, "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     summary, record = read_json(Path("out/summary.json")), read_json(Path("out/run.json"))
@@ -103,14 +111,14 @@ def test_one_command_trains_saes_at_several_sites(saerl, tiny_world_model):
     assert Path("out/summary.json").stat().st_mtime_ns == before  # completed: nothing is done again
 
 
-def test_a_trivial_site_is_warned_about(tmp_path, capfd, tiny_world_model):
+def test_a_trivial_site_is_warned_about(tmp_path, capfd, tiny_planted_model):
     job.work(tiny(site=SiteConfig(names=["mlp_out.0"])), Run(tmp_path), ACCELERATOR)
     assert "warning: mlp_out.0 sees the current token alone" in capfd.readouterr().err
     assert read_json(tmp_path / "summary.json")["saes"]["mlp_out.0"]["trivial"] is True
 
 
 @pytest.mark.parametrize("norm", list(DecoderNorm))
-def test_relu_saes_are_saved_as_standard(tmp_path, tiny_world_model, norm):
+def test_relu_saes_are_saved_as_standard(tmp_path, tiny_planted_model, norm):
     config = tiny(sae=SaeConfig(**SIZES, architecture=Architecture.relu, decoder_norm=norm, l1=0.5, lr=5e-3))
     job.work(config, Run(tmp_path), ACCELERATOR)
     sae = load_sae(tmp_path / "sae" / "mlp_out.1")
@@ -164,15 +172,15 @@ def without(model: Path, folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_work_is_refused_in_one_line(name, tmp_path, tiny_world_model):
+def test_what_cannot_work_is_refused_in_one_line(name, tmp_path, tiny_planted_model):
     changes, message = REFUSALS[name]
-    config = tiny(**changes(tiny_world_model, tmp_path))
+    config = tiny(**changes(tiny_planted_model, tmp_path))
     with pytest.raises(ValueError, match=message) as error:
         job.check(config)
     assert "\n" not in str(error.value)
 
 
-def test_checks_accept_what_works_without_importing_torch(tmp_path, tiny_world_model):
+def test_checks_accept_what_works_without_importing_torch(tmp_path, tiny_planted_model):
     (tmp_path / "a.jsonl").write_text(SHORT * 100)
     code = f"""
 import sys
@@ -181,7 +189,7 @@ from saerl_cli.config.sae import Architecture, DecoderNorm, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.jobs.train_sae import check
 check(TrainSaeConfig())
-model = ModelConfig(kind=ModelKind.local, path={str(tiny_world_model)!r})
+model = ModelConfig(kind=ModelKind.local, path={str(tiny_planted_model)!r})
 data = DataConfig(kind=DataKind.text, path={str(tmp_path / "a.jsonl")!r})
 check(TrainSaeConfig(model=model, data=data))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
@@ -201,7 +209,7 @@ class Crash(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_world_model):
+def whole(tmp_path_factory, tiny_planted_model):
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     job.work(tiny(), Run(folder), ACCELERATOR)
@@ -241,7 +249,7 @@ def test_a_crashed_run_continues_to_the_bit(tmp_path, monkeypatch, whole, after)
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_changes_nothing(empty_place, tiny_world_model):
+def test_sigkill_at_random_moments_changes_nothing(empty_place, tiny_planted_model):
     words = [w for w in WORDS if "sae.tokens" not in w] + ["sae.tokens=256000", "sae.lr=1e-2"]
 
     def start(folder):
@@ -271,7 +279,7 @@ def test_sigkill_at_random_moments_changes_nothing(empty_place, tiny_world_model
 @pytest.mark.parametrize(
     "architecture", ["topk", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relu_unit", "matryoshka"))]
 )
-def test_two_processes_train_what_one_does(saerl, tiny_world_model, architecture):
+def test_two_processes_train_what_one_does(saerl, tiny_planted_model, architecture):
     """The same batch split over two processes; sums are taken in another order, so bits may differ, digits not."""
     words = [
         *WORDS,

@@ -121,8 +121,8 @@ def test_density_counts_features_by_the_logarithm_of_their_rate():
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_world_model):
-    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_world_model)))
+def loaded(tiny_planted_model):
+    return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_WORDS, TINY_WORLD
+from conftest import TINY_PLANTED, TINY_WORDS
 from safetensors.torch import load_file
 
 from saerl_cli.config.activations import ActivationsConfig
-from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, SiteConfig, WorldConfig
+from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, PlantedConfig, SiteConfig
 from saerl_cli.config.sae import Architecture, Centre, DecoderNorm, EncoderDtype, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.jobs import train_sae as job
@@ -34,7 +34,7 @@ ACCELERATOR = SimpleNamespace(
 
 def tiny(**changes) -> TrainSaeConfig:
     config = TrainSaeConfig(
-        model=ModelConfig(world=WorldConfig(**TINY_WORLD)),
+        model=ModelConfig(planted=PlantedConfig(**TINY_PLANTED)),
         site=SiteConfig(names=["mlp_out.1"]),
         activations=ActivationsConfig(buffer_tokens=1024),
         sae=SaeConfig(**SIZES),
@@ -103,7 +103,7 @@ def test_a_setting_that_is_a_list_takes_a_list_of_lists():
         ([{"expansion": 1, "k": 100}], "sae.k=100 > d_sae=32"),
     ],
 )
-def test_sweeps_that_make_no_sense_are_refused(sweep, message, tiny_world_model):
+def test_sweeps_that_make_no_sense_are_refused(sweep, message, tiny_planted_model):
     with pytest.raises(ValueError, match=message) as error:
         job.check(tiny(sweep=sweep))
     assert "\n" not in str(error.value)
@@ -116,7 +116,7 @@ SWEEP = [
 ]
 
 
-def test_a_mixture_in_one_pass_equals_each_alone(tmp_path, tiny_world_model, monkeypatch):
+def test_a_mixture_in_one_pass_equals_each_alone(tmp_path, tiny_planted_model, monkeypatch):
     """Eight SAEs at each of two sites read one stream; what one of them becomes does not depend on the others."""
     site = SiteConfig(names=["mlp_out.1", "resid_post.0"])
     together = trained(tmp_path / "all", site=site, sweep=SWEEP)
@@ -132,7 +132,7 @@ def test_a_mixture_in_one_pass_equals_each_alone(tmp_path, tiny_world_model, mon
     assert "mlp_out.1-k_4/fvu" in lines[-1] and "mlp_out.1-batchtopk-seed_0-tokens_2560/fvu" not in lines[-1]
 
 
-def test_the_language_model_runs_once_for_all(tmp_path, tiny_world_model, monkeypatch):
+def test_the_language_model_runs_once_for_all(tmp_path, tiny_planted_model, monkeypatch):
     from saerl_cli.activations import stream
 
     calls, real = [], stream.capture
@@ -151,8 +151,8 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("after", [4, 5, 13])
 @pytest.mark.parametrize("stream", ["planted", "cached", "streamed", "filtered"])
-def test_a_crashed_sweep_continues_to_the_bit(tmp_path, monkeypatch, tiny_world_model, after, stream):
-    changes = streams(tmp_path, tiny_world_model)[stream] | {"sweep": SWEEP}
+def test_a_crashed_sweep_continues_to_the_bit(tmp_path, monkeypatch, tiny_planted_model, after, stream):
+    changes = streams(tmp_path, tiny_planted_model)[stream] | {"sweep": SWEEP}
     trained(tmp_path / "whole", **changes)
     real = loop.training
 
@@ -189,18 +189,18 @@ def streams(folder: Path, model: Path) -> dict[str, dict]:
     }
 
 
-def test_what_was_left_out_is_said_and_recorded(tmp_path, tiny_world_model, capfd):
-    trained(tmp_path / "run", **streams(tmp_path, tiny_world_model)["filtered"])
+def test_what_was_left_out_is_said_and_recorded(tmp_path, tiny_planted_model, capfd):
+    trained(tmp_path / "run", **streams(tmp_path, tiny_planted_model)["filtered"])
     assert "activations as outliers" in capfd.readouterr().err
     assert read_json(tmp_path / "run" / "run.json")["text"]["outliers_since_start"] > 0
 
 
-def test_empty_lines_and_bad_bytes_are_counted(tmp_path, tiny_world_model, capfd):
+def test_empty_lines_and_bad_bytes_are_counted(tmp_path, tiny_planted_model, capfd):
     text = tmp_path / "text.txt"
     good = b"we saw the film . it was good and the story was long .\n" * 300
     text.write_bytes(good + b"\n\n\xff\xfe bad\n" + good)
     changes = {
-        "model": ModelConfig(kind=ModelKind.local, path=str(tiny_world_model)),
+        "model": ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)),
         "data": DataConfig(kind=DataKind.text, path=str(text)),
     }
     trained(tmp_path / "run", **changes)
@@ -212,7 +212,7 @@ def test_empty_lines_and_bad_bytes_are_counted(tmp_path, tiny_world_model, capfd
 
 
 @pytest.mark.parametrize("sae", ["topk", "batchtopk", "relu"])
-def test_transcoders_predict_the_output_of_an_mlp_from_its_input(tmp_path, tiny_world_model, sae):
+def test_transcoders_predict_the_output_of_an_mlp_from_its_input(tmp_path, tiny_planted_model, sae):
     site = SiteConfig(names=["mlp_in.1"], targets=["mlp_out.1"])
     numbers = trained(tmp_path, site=site, sweep=[{"sae": sae, "tokens": 12_800, "l1": 0.5}])
     (name, found), *_ = numbers.items()
@@ -236,7 +236,7 @@ def test_transcoders_predict_the_output_of_an_mlp_from_its_input(tmp_path, tiny_
         ),
     ],
 )
-def test_transcoders_that_make_no_sense_are_refused(site, sae, message, tiny_world_model):
+def test_transcoders_that_make_no_sense_are_refused(site, sae, message, tiny_planted_model):
     with pytest.raises(ValueError, match=message):
         job.check(tiny(site=SiteConfig(**site), sae=SaeConfig(**SIZES, **sae)))
 
@@ -244,7 +244,7 @@ def test_transcoders_that_make_no_sense_are_refused(site, sae, message, tiny_wor
 # --- starting points -------------------------------------------------------------------------------------------------
 
 
-def test_training_continues_from_another_run(tmp_path, tiny_world_model):
+def test_training_continues_from_another_run(tmp_path, tiny_planted_model):
     first = trained(tmp_path / "first", sae=SaeConfig(**SIZES))
     from_it = SaeConfig(**SIZES | {"lr": 1e-9}, init_from=str(tmp_path / "first"))
     second = trained(tmp_path / "second", sae=from_it)
@@ -253,7 +253,7 @@ def test_training_continues_from_another_run(tmp_path, tiny_world_model):
     assert fresh["mlp_out.1"]["fvu"] > 1.5 * first["mlp_out.1"]["fvu"]
 
 
-def test_starting_points_that_do_not_fit_are_refused(tmp_path, tiny_world_model):
+def test_starting_points_that_do_not_fit_are_refused(tmp_path, tiny_planted_model):
     trained(tmp_path / "first", sae=SaeConfig(**SIZES))
     start = {"init_from": str(tmp_path / "first")}
     cases = [
@@ -278,13 +278,13 @@ def test_starting_points_that_do_not_fit_are_refused(tmp_path, tiny_world_model)
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_sae_that_never_beats_the_mean_is_called_that(tmp_path, tiny_world_model, capfd):
+def test_an_sae_that_never_beats_the_mean_is_called_that(tmp_path, tiny_planted_model, capfd):
     numbers = trained(tmp_path, sae=SaeConfig(**SIZES, architecture=Architecture.relu, l1=1e4, l1_warmup=0.0))
     assert numbers["mlp_out.1"]["beats_mean"] is False
     assert "no better than predicting the mean activation" in capfd.readouterr().err
 
 
-def test_the_language_model_runs_in_mixed_precision_while_training_alone(tmp_path, tiny_world_model):
+def test_the_language_model_runs_in_mixed_precision_while_training_alone(tmp_path, tiny_planted_model):
     class Autocast(SimpleNamespace):
         entered = 0
 
@@ -300,23 +300,23 @@ def test_the_language_model_runs_in_mixed_precision_while_training_alone(tmp_pat
     assert half["fvu"] != full["fvu"] and half["fvu"] == pytest.approx(full["fvu"], rel=0.2)
 
 
-def test_bfloat16_encoders_train_as_well(tmp_path, tiny_world_model):
+def test_bfloat16_encoders_train_as_well(tmp_path, tiny_planted_model):
     numbers = trained(tmp_path, sweep=[{"encoder_dtype": ["float32", "bfloat16"]}])
     full, half = (numbers[f"mlp_out.1-encoder_dtype_{dtype.value}"]["fvu"] for dtype in EncoderDtype)
     assert half == pytest.approx(full, rel=0.1) and half != full
 
 
-def test_a_cache_is_used_again(tmp_path, tiny_world_model, monkeypatch):
+def test_a_cache_is_used_again(tmp_path, tiny_planted_model, monkeypatch):
     from saerl_cli.activations import cache
 
-    changes = streams(tmp_path, tiny_world_model)["cached"]
+    changes = streams(tmp_path, tiny_planted_model)["cached"]
     trained(tmp_path / "a", **changes)
     monkeypatch.setattr(cache, "capture", None)  # another forward pass would fail
     trained(tmp_path / "b", **changes)
     assert same(weights(tmp_path / "a", "mlp_out.1"), weights(tmp_path / "b", "mlp_out.1"))
 
 
-def test_trackers_get_what_is_logged(saerl, tiny_world_model):
+def test_trackers_get_what_is_logged(saerl, tiny_planted_model):
     pytest.importorskip("tensorboard", reason="needs the extra saerl[trackers]")
     words = [*TINY_WORDS, "site=mlp_out.1", "sae.tokens=5120", "sae.batch_size=256", "activations.buffer_tokens=1024"]
     done = saerl("train-sae", *words, "eval_tokens=1500", "launch.trackers=[tensorboard]", "hydra.run.dir=out")
@@ -325,7 +325,7 @@ def test_trackers_get_what_is_logged(saerl, tiny_world_model):
     assert b"mlp_out.1/fvu" in events.read_bytes()
 
 
-def test_every_sae_of_a_plan_has_its_own_name(tiny_world_model):
+def test_every_sae_of_a_plan_has_its_own_name(tiny_planted_model):
     from saerl_cli.models import describe
 
     config = tiny(site=SiteConfig(names=["mlp_out.*"]), sweep=[{"k": [4, 8]}])
@@ -333,7 +333,7 @@ def test_every_sae_of_a_plan_has_its_own_name(tiny_world_model):
     assert names == ["mlp_out.0-k_4", "mlp_out.0-k_8", "mlp_out.1-k_4", "mlp_out.1-k_8"]
 
 
-def test_coefficients_on_a_transcoder_are_refused(tmp_path, tiny_world_model):
+def test_coefficients_on_a_transcoder_are_refused(tmp_path, tiny_planted_model):
     from saerl_cli.config.adapter import AdapterConfig, AdapterKind
     from saerl_cli.models import describe
     from saerl_cli.rl.check import check_saes

@@ -107,7 +107,7 @@ class TestCommands:
     pytestmark = minutes
 
     def test_train_lm_and_its_resume(self, saerl, text):  # noqa: F811
-        words = (*LM, "data=text", f"data.path={text}", "model.world.batch_size=16")
+        words = (*LM, "data=text", f"data.path={text}", "model.planted.batch_size=16")
         whole, split = whole_and_split(saerl, *words)
         assert files_of(whole) == files_of(split)
         for name, tensor in load_file(whole / "model" / "model.safetensors").items():
@@ -121,7 +121,7 @@ class TestCommands:
         assert weights[0] == weights[1]
 
     @pytest.mark.parametrize("more", [(), ("activations.cache=cache",), ("activations.outlier_norm=1.5",)])
-    def test_train_sae_and_eval_sae(self, saerl, tiny_world_model, empty_place, more):
+    def test_train_sae_and_eval_sae(self, saerl, tiny_planted_model, empty_place, more):
         words = (
             "train-sae",
             *TINY_WORDS,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import TINY_WORDS, TINY_WORLD
+from conftest import TINY_PLANTED, TINY_WORDS
 from omegaconf import OmegaConf
 
 from saerl_cli.config import typed
@@ -18,7 +18,7 @@ from saerl_cli.rewards.calibration import preference_numbers, reliability, wilso
 from saerl_cli.run.directory import Run
 
 SMALL = {
-    "model": {"world": TINY_WORLD},
+    "model": {"planted": TINY_PLANTED},
     "pairs": {"count": 96, "heldout": 40},
     "batch_size": 8,
     "epochs": 2,
@@ -99,7 +99,7 @@ def test_prompts_are_cut_from_the_left_and_replies_never():
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_world_model, tmp_path_factory) -> Run:
+def finished(tiny_planted_model, tmp_path_factory) -> Run:
     config = settings()
     reward_job.check(config)
     return do(tmp_path_factory.mktemp("reward"), config)
@@ -121,7 +121,7 @@ def test_summary_says_right_wrong_ties_and_calibration(finished):
     assert summary["tokens"] > 1000
 
 
-def test_the_model_serves_as_reward_at_once(finished, tiny_world_model):
+def test_the_model_serves_as_reward_at_once(finished, tiny_planted_model):
     """Scores of the finished model through `kind=hf` give the summary's numbers: one code path, end token included."""
     from transformers import AutoTokenizer
 
@@ -131,7 +131,7 @@ def test_the_model_serves_as_reward_at_once(finished, tiny_world_model):
 
     config = RewardConfig(parts={"rm": RewardPart(kind=RewardKind.hf, path=str(finished.path / "model"))})
     check_reward(config)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_world_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_planted_model)
     reward = build_reward(config, tokenizer)
     pairs = read_pairs(settings().pairs, settings().model, "heldout")
     pairs = encode_pairs(pairs, tokenizer, tokenizer.eos_token_id, 64, TooLong.drop).pairs
@@ -180,7 +180,7 @@ def test_half_the_micro_batch_is_the_same_training(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_train_the_same_and_resume_to_the_bit(saerl, tiny_world_model, empty_place):
+def test_two_processes_train_the_same_and_resume_to_the_bit(saerl, tiny_planted_model, empty_place):
     words = ["pairs.count=64", "pairs.heldout=40", "lr=2e-3", "batch_size=8", "epochs=2", "checkpoint_every=3"]
     words = ["train-reward", *TINY_WORDS, *words, "launch.cpu=true", "launch.threads=1", "launch.num_processes=2"]
     for folder, more in (("two", []), ("one", ["launch.num_processes=1"])):

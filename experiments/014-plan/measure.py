@@ -22,7 +22,7 @@ p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 p.add_argument("folder", type=Path)
 p.add_argument("cases", nargs="*")
 p.add_argument("--data", type=Path, default=Path("../shared/data"), help="where neox_stories_nano and tinystories are")
-p.add_argument("--saes", type=Path, help="a run of saerl train-sae on the embedded model")
+p.add_argument("--saes", type=Path, help="a run of saerl train-sae on the planted model")
 p.add_argument("--nano-saes", type=Path, help="and on nano")
 p.add_argument("--replan", action="store_true")
 p.add_argument("--table", action="store_true")
@@ -36,7 +36,7 @@ SHORT = "evaluation.every=0 snapshots=0 evaluation.samples=64"
 FEW = "data.max_documents=4000"
 REWARD = "reward=lexicon reward.parts.lexicon.words={happy:1.0,fun:1.0} prompts.tokens=8"
 CASES: dict[str, dict[str, Any]] = {
-    "lm": {"words": "train-lm model.world.documents=4000 model.world.steps={}", "long": 100, "short": 30},
+    "lm": {"words": "train-lm model.planted.documents=4000 model.planted.steps={}", "long": 100, "short": 30},
     "sae, 3 sites": {"words": "train-sae eval_tokens=10000 sae.tokens={}", "long": 368640, "short": 122880},
     "sae, 6 of a sweep": {
         "words": "train-sae site=mlp_out.1 sweep=[{k:[8,32,64]},{sae:relu,l1:[2,5]},{sae:jumprelu}]"

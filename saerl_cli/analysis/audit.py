@@ -26,7 +26,7 @@ RUN/audit.json (`saerl audit`) holds, with `X_se` the standard error of X:
                     top_overlap, top_expected: of the k largest |delta|}}; where the peer has been audited too,
                     attribution: Spearman correlation, attribution_top: overlap of the 100 largest}
     side_effects    {full, needed_90: {gain, kl, loss_increase, kl_per_gain, loss_per_gain, length, distinct_2: changes;
-                    in the embedded world attributes: {name: change of its share of all words}, rewarded_change, ratio:
+                    with a planted model attributes: {name: change of its share of all words}, rewarded_change, ratio:
                     summed |change| of other attributes over that of the rewarded, ratio_by_chance: with the reference
                     sampled twice}}
     shares          {by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share,

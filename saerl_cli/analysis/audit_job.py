@@ -281,9 +281,9 @@ def classified(setting: Setting, chosen: Sequence[int]) -> tuple[dict[int, Numbe
 
 
 def rewarded_attributes(reward: RewardConfig) -> set[str]:
-    """Attributes of the embedded language that a reward counts."""
+    """Attributes of the planted language that a reward counts."""
     return {
-        part.attribute for part in reward.parts.values() if part.kind is RewardKind.world and part.attribute
+        part.attribute for part in reward.parts.values() if part.kind is RewardKind.planted and part.attribute
     }  # fmt: skip
 
 

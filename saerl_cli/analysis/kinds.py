@@ -137,7 +137,7 @@ def rewarded_tokens(reward: RewardConfig, tokenizer: Any) -> list[int]:
 
 def word_test(part: Any) -> Any:
     """Whether a word alone earns something from a part of a reward, as a function; None where words do not."""
-    if part.kind is RewardKind.world:
+    if part.kind is RewardKind.planted:
         from saerl_cli.planted.language import labels_of
 
         return lambda word: part.attribute in labels_of([word])[0] and not (part.attribute or "").startswith("after_")
@@ -238,7 +238,7 @@ def fires_on(found: Firing, tokenizer: Any, features: Sequence[int], count: int 
 
 
 def attributes_of(found: Firing, tokenizer: Any, at_once: int = 1024) -> list[tuple[str, float]]:
-    """The attribute of the embedded language that each feature detects best, and with which F1; F of them."""
+    """The attribute of the planted language that each feature detects best, and with which F1; F of them."""
     truth, names = truth_of(found.rows, found.text, tokenizer)
     graded: list[tuple[str, float]] = []
     for start in range(0, len(found.effect), at_once):

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.rl.evaluation.base import difference, measured_by
 from saerl_cli.rl.runs import run_config, snapshot_files
@@ -183,7 +181,7 @@ def load_final(path: Path) -> Evaluation:
     if missing := [key for key in FINAL if key not in numbers]:
         raise ValueError(f"{path} was written by another version without {missing[0]}; measure it: {evaluate([path])}")
     trained = run_config(path)
-    settings = flat(OmegaConf.load(path / ".hydra" / "config.yaml"))
+    settings = flat(Run(path).settings)
     own = EvaluateConfig(policy=str(path), evaluation=trained.evaluation, seed=trained.seed)
     prompts = json.dumps({k: v for k, v in settings.items() if k.startswith(OF_PROMPTS)}, sort_keys=True)
     point = {key: numbers[key] for key in (*FINAL[3:], "nonzero") if key in numbers} | {

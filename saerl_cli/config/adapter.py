@@ -102,7 +102,7 @@ class FeatureChoice:
     pattern: str | None = None
     """Regular expression that occurs in a feature's label, whatever the case (with `labels`)."""
     attributes: list[str] | None = None
-    """Attributes of the embedded language, whose features summary.json of `saerl train-sae` names."""
+    """Attributes of the planted language, whose features summary.json of `saerl train-sae` names."""
     f1: float = 0.8
     """Smallest F1 with which a feature must detect its attribute (with `attributes`), in [0, 1]."""
 

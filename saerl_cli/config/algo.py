@@ -149,7 +149,7 @@ class AlgoConfig:
     """File whose rows hold a prompt and its completion: jsonl, json or parquet; the documents of `data`, packed, when
     empty (sft)."""
     attribute: str | None = None
-    """Only documents of the embedded language that carry this attribute, for instance arithmetic (sft)."""
+    """Only documents of the planted language that carry this attribute, for instance arithmetic (sft)."""
     prefix_cache: bool = True
     """Compute what training cannot change (all below the lowest trained parameter) once a rollout instead of in every
     pass, with equal results (ppo, grpo, rloo); takes about rollouts x length x 3 x width numbers of memory."""

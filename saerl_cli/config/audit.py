@@ -31,7 +31,7 @@ class AuditConfig:
     """Score also the beginnings of completions, so that a token answers only for what it and later ones earn: less
     noise, one scoring a token. When empty, unless a part of the reward is a model (hf) or your own function."""
     f1: float = 0.5
-    """Smallest F1 with which a feature counts as one of an attribute of the embedded language, in [0, 1]."""
+    """Smallest F1 with which a feature counts as one of an attribute of the planted language, in [0, 1]."""
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(samples=160, batch_size=160, heldout_tokens=6_000)
     )

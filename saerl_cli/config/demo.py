@@ -14,7 +14,7 @@ class Scale(Enum):
 
 @dataclass
 class DemoConfig:
-    """The main job on the embedded model: language model, SAEs, coefficient-only PPO beside an unconstrained run."""
+    """The main job on the planted model: language model, SAEs, coefficient-only PPO beside an unconstrained run."""
 
     scale: Scale = Scale.full
     """`small` only checks that the pipeline runs."""

@@ -21,10 +21,10 @@ class EvalSaeConfig:
     eval_tokens: int = 50_000
     """Held-out tokens for the metrics, at most what there is."""
     probes: str | None = None
-    """A jsonl file of {"text": ..., "label": ...}: how well few features tell the labels; the embedded language is
+    """A jsonl file of {"text": ..., "label": ...}: how well few features tell the labels; the planted language is
     probed for its own attributes when empty."""
     probe_tokens: int = 20_000
-    """Tokens of the embedded language that are probed; a labelled file is read whole."""
+    """Tokens of the planted language that are probed; a labelled file is read whole."""
     controls: bool = False
     """Measure also what says nothing: SAEs trained on the model with shuffled weights, random directions, and every SAE
     at a wrong layer. This trains two SAEs for each."""

@@ -33,8 +33,8 @@ class Dtype(Enum):
 
 
 @dataclass
-class WorldConfig:
-    """The embedded language and the small Pythia-architecture model trained on it; its hash names the cached model."""
+class PlantedConfig:
+    """The planted language and the small Pythia-architecture model trained on it; its hash names the cached model."""
 
     documents: int = 40_000
     """Reviews generated for training (held-out reviews come on top)."""
@@ -57,18 +57,18 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.documents, self.hidden_size, self.layers, self.heads, self.context_size, self.batch_size)
-        refuse_unless(min(sizes) >= 1 and self.steps >= 1, "model.world: every size must be >= 1")
+        refuse_unless(min(sizes) >= 1 and self.steps >= 1, "model.planted: every size must be >= 1")
         refuse_unless(
             self.hidden_size % self.heads == 0,
-            f"model.world.heads must divide hidden_size, got {self.heads} and {self.hidden_size}",
+            f"model.planted.heads must divide hidden_size, got {self.heads} and {self.hidden_size}",
         )
         refuse_unless(
             self.hidden_size // self.heads % 8 == 0,
-            "model.world: hidden_size / heads must be a multiple of 8 (a quarter of each head is rotated in pairs),"
+            "model.planted: hidden_size / heads must be a multiple of 8 (a quarter of each head is rotated in pairs),"
             f" got {self.hidden_size} / {self.heads}",
         )
-        refuse_unless(self.context_size >= 2, f"model.world.context_size must be >= 2, got {self.context_size}")
-        refuse_unless(self.lr > 0, f"model.world.lr must be > 0, got {self.lr}")
+        refuse_unless(self.context_size >= 2, f"model.planted.context_size must be >= 2, got {self.context_size}")
+        refuse_unless(self.lr > 0, f"model.planted.lr must be > 0, got {self.lr}")
 
 
 @dataclass
@@ -85,8 +85,8 @@ class ModelConfig:
     """Hub branch, tag or commit; Pythia's training checkpoints are branches such as step3000."""
     dtype: Dtype = Dtype.float32
     """Precision of the frozen weights."""
-    world: WorldConfig = field(default_factory=WorldConfig)
-    """Settings of the embedded model (`kind=planted`)."""
+    planted: PlantedConfig = field(default_factory=PlantedConfig)
+    """Settings of the planted model (`kind=planted`)."""
 
     def __post_init__(self) -> None:
         if self.kind is ModelKind.hub:
@@ -113,7 +113,7 @@ class DataConfig:
     """Documents: a training part, and a held-out part taken from the end (from the start of a stream)."""
 
     kind: DataKind = DataKind.planted
-    """`planted` generates the embedded language; `text` reads `path`; `hub` reads the data set `name`."""
+    """`planted` generates the planted language; `text` reads `path`; `hub` reads the data set `name`."""
     path: str | None = None
     """A txt (a document a line), json list, jsonl or parquet file, or a glob of them; text also as .gz or .zst."""
     name: str | None = None
@@ -145,7 +145,7 @@ class DataConfig:
         refuse_unless(self.heldout_documents >= 1, f"data.heldout_documents must be >= 1, got {self.heldout_documents}")
         refuse_unless(
             not (self.stream and self.kind is DataKind.planted),
-            "data.stream reads data=text or data=hub; the embedded language is generated in memory",
+            "data.stream reads data=text or data=hub; the planted language is generated in memory",
         )
         refuse_unless(
             not self.stream or self.max_documents is None or self.max_documents > self.heldout_documents,

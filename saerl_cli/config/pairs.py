@@ -10,7 +10,7 @@ class PairsKind(Enum):
     """Where preference pairs come from."""
 
     planted = "planted"
-    """Reviews of the embedded language that begin alike and differ in an attribute."""
+    """Reviews of the planted language that begin alike and differ in an attribute."""
     file = "file"
     """The file `path`."""
 
@@ -27,12 +27,12 @@ class PairsConfig:
     """Pairs of a chosen and a rejected continuation of the same prompt."""
 
     kind: PairsKind = PairsKind.planted
-    """`planted` generates them from the embedded language; `file` reads `path`."""
+    """`planted` generates them from the planted language; `file` reads `path`."""
     path: str | None = None
     """A jsonl, json or parquet file, or a glob; JSON also as .gz or .zst. Rows hold prompt, chosen and rejected, or
     chosen and rejected transcripts that agree up to their last "Assistant:", as Anthropic's hh-rlhf does."""
     attribute: str = "cursing"
-    """Attribute of the embedded language in which the two differ (planted)."""
+    """Attribute of the planted language in which the two differ (planted)."""
     prefer: Prefer = Prefer.less
     """Which is chosen: the one with `less` or `more` words of the attribute (planted)."""
     prompt_tokens: int = 6

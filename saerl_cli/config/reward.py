@@ -11,8 +11,8 @@ from saerl_cli.config.groups import refuse_unless
 class RewardKind(Enum):
     """Where a score comes from."""
 
-    world = "world"
-    """Tokens of an attribute of the embedded language, counted by its own labels."""
+    planted = "planted"
+    """Tokens of an attribute of the planted language, counted by its own labels."""
     lexicon = "lexicon"
     """Words with weights, counted in the completion."""
     vader = "vader"
@@ -35,7 +35,7 @@ class Per(Enum):
     completion = "completion"
     """Nothing: the count itself."""
     token = "token"
-    """The number of tokens (world) or words (lexicon) of the completion."""
+    """The number of tokens (planted) or words (lexicon) of the completion."""
 
 
 class Match(Enum):
@@ -87,9 +87,9 @@ class RewardPart:
     weight: float = 1.0
     """Factor in the sum; negative punishes."""
     attribute: str | None = None
-    """Attribute of the embedded language (kind=world)."""
+    """Attribute of the planted language (kind=planted)."""
     per: Per = Per.completion
-    """What counts are divided by (world, lexicon, count)."""
+    """What counts are divided by (planted, lexicon, count)."""
     path: str | None = None
     """Word list, a word and optionally a tab and its weight a line (lexicon); model folder or Hub id (hf)."""
     words: dict[str, float] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class RewardPart:
 
     def __post_init__(self) -> None:
         needs = {
-            RewardKind.world: ("attribute", self.attribute),
+            RewardKind.planted: ("attribute", self.attribute),
             RewardKind.lexicon: ("path or words", self.path or self.words),
             RewardKind.hf: ("path", self.path),
             RewardKind.python: ("function", self.function),

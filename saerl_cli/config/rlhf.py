@@ -15,7 +15,7 @@ class PromptKind(Enum):
     documents = "documents"
     """The beginnings of documents."""
     arithmetic = "arithmetic"
-    """Reviews of the embedded language up to a sum's result, with the right answer."""
+    """Reviews of the planted language up to a sum's result, with the right answer."""
     file = "file"
     """Rows of a file, with answers where it has them."""
 
@@ -25,7 +25,7 @@ class PromptConfig:
     """Prompts: training prompts from the training part, evaluation from the held-out."""
 
     kind: PromptKind = PromptKind.documents
-    """`documents` cuts the beginnings of `data`; `arithmetic` asks for sums of the embedded language; `file` reads
+    """`documents` cuts the beginnings of `data`; `arithmetic` asks for sums of the planted language; `file` reads
     `path`."""
     tokens: int = 6
     """Length in tokens (a BOS token, where the tokenizer adds one, comes on top), >= 1 (documents)."""

@@ -1,1 +1,1 @@
-"""Documents, rows, prompts, preference pairs and questions: users' files, the Hub, the embedded language."""
+"""Documents, rows, prompts, preference pairs and questions: users' files, the Hub, the planted language."""

@@ -32,7 +32,7 @@ def documents(data: DataConfig, model: ModelConfig, split: str) -> list[str]:
 
     Args:
         data: which text.
-        model: the embedded language's settings, for `data=planted`.
+        model: the planted language's settings, for `data=planted`.
         split: `train` or `heldout`.
 
     Raises:
@@ -103,10 +103,10 @@ def planted_reviews(data: DataConfig, model: ModelConfig, split: str) -> list[An
 
     if model.kind is not ModelKind.planted:
         raise ValueError("data=planted belongs to model=planted; write data=text data.path=FILE for another model")
-    number = min(data.max_documents or model.world.documents, model.world.documents)
+    number = min(data.max_documents or model.planted.documents, model.planted.documents)
     if split == "heldout":
         number = max(1, round(number * data.heldout))
-    return list(islice(planted_documents(model.world, split), number))
+    return list(islice(planted_documents(model.planted, split), number))
 
 
 def hub_documents(data: DataConfig, counts: Counts | None = None) -> list[str]:

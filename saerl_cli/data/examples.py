@@ -42,14 +42,14 @@ def split_examples(examples: list[Example], heldout: float) -> tuple[list[Exampl
 
 
 def training_documents(data: DataConfig, model: ModelConfig, attribute: str | None, split: str) -> list[str]:
-    """The documents of a split, or those that carry an attribute of the embedded language."""
+    """The documents of a split, or those that carry an attribute of the planted language."""
     return documents(data, model, split) if attribute is None else labelled_documents(data, model, attribute, split)
 
 
 def labelled_documents(
     data: DataConfig, model: ModelConfig, attribute: str, split: str, count: int | None = None
 ) -> list[str]:
-    """The documents of a split of the embedded language that carry an attribute, at most `count`.
+    """The documents of a split of the planted language that carry an attribute, at most `count`.
 
     Raises:
         ValueError: other text, an unknown attribute, or no such document.

@@ -1,6 +1,6 @@
 """Preference pairs: two continuations of one prompt, of which one is preferred. Imports no torch.
 
-Planted pairs are reviews of the embedded language as it writes them: two that begin with the same words and differ in
+Planted pairs are reviews of the planted language as it writes them: two that begin with the same words and differ in
 how many of the words behind them carry an attribute. Both are what the language says after that prompt, so that nothing
 but the attribute and chance tells them apart.
 """
@@ -63,7 +63,7 @@ def read_pairs_with_counts(config: PairsConfig, model: ModelConfig, split: str) 
     return pairs[-config.heldout :] if split == "heldout" else pairs[: -config.heldout][: config.count], left_out
 
 
-# --- of the embedded language ----------------------------------------------------------------------------------------
+# --- of the planted language ----------------------------------------------------------------------------------------
 
 
 def planted_pairs(config: PairsConfig, model: ModelConfig, split: str) -> list[Pair]:

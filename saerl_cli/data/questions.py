@@ -1,9 +1,9 @@
-"""Prompts with right answers: the sums of the embedded language, or rows of a file. Imports no torch."""
+"""Prompts with right answers: the sums of the planted language, or rows of a file. Imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from saerl_cli.config.groups import WorldConfig
+from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.data.rows import Row, column, read_rows
 from saerl_cli.planted.cache import planted_documents
 from saerl_cli.planted.language import join_words
@@ -22,14 +22,14 @@ class Question:
     """None where the file has none."""
 
 
-def arithmetic_questions(world: WorldConfig, split: str) -> Iterator[Question]:
+def arithmetic_questions(planted: PlantedConfig, split: str) -> Iterator[Question]:
     """Reviews up to the `is` of their first sum, and the sum's right answer, whatever the review says.
 
     Args:
-        world: gives the seed and the number of reviews.
+        planted: gives the seed and the number of reviews.
         split: `train` or `heldout`.
     """
-    for review in planted_documents(world, split):
+    for review in planted_documents(planted, split):
         words = review.words
         for end in range(4, len(words)):
             left, operator, right, verb = words[end - 4 : end]

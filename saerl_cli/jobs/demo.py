@@ -1,4 +1,4 @@
-"""`saerl demo`: the main job on the embedded model, stage by stage, each stage a command that anyone can type.
+"""`saerl demo`: the main job on the planted model, stage by stage, each stage a command that anyone can type.
 
 language model -> SAEs -> coefficient-only PPO next to unconstrained PPO -> both on fresh prompts -> report
 """
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +21,11 @@ from saerl_cli.run.files import read_json, read_jsonl
 from saerl_cli.run.progress import say, task_bars
 
 SMALL_MODEL = [
-    "model.world.documents=600",
-    "model.world.hidden_size=32",
-    "model.world.layers=2",
-    "model.world.heads=2",
-    "model.world.steps=60",
+    "model.planted.documents=600",
+    "model.planted.hidden_size=32",
+    "model.planted.layers=2",
+    "model.planted.heads=2",
+    "model.planted.steps=60",
 ]
 SMALL: dict[str, list[str]] = {
     "train_lm": SMALL_MODEL,
@@ -78,13 +77,13 @@ def stages(config: DemoConfig, out: Path) -> dict[str, Stage]:
     """The commands of the demo, by name."""
     policy = ["model=planted", "reward=cursing", "algo.phases=40", f"seed={config.seed}"]
     words = {
-        "train_lm": ["train-lm", "model=planted", f"model.world.seed={config.seed}"],
+        "train_lm": ["train-lm", "model=planted", f"model.planted.seed={config.seed}"],
         "train_sae": ["train-sae", "model=planted", *SAES, f"seed={config.seed}", f"sae.seed={config.seed}"],
         "sparse_coeffs": ["rlhf", "--sparse-coeffs", f"adapter.saes={out / 'train_sae'}", *policy],
         "full": ["rlhf", *policy],
     }
     for name in ("train_sae", *POLICIES):
-        words[name].append(f"model.world.seed={config.seed}")
+        words[name].append(f"model.planted.seed={config.seed}")
     for name in POLICIES:
         words[f"evaluate_{name}"] = ["evaluate", f"policy={out / name}", f"seed={config.seed + 1}"]
     for name, all_words in words.items():
@@ -211,7 +210,7 @@ def progress_of(stage: Stage) -> tuple[float, str]:
     lines = read_jsonl(stage.folder / "metrics.jsonl")
     if not lines:
         return 0.0, ""
-    last, config = lines[-1], OmegaConf.load(stage.folder / ".hydra" / "config.yaml")
+    last, config = lines[-1], Run(stage.folder).settings
     return last["phase"] / config.algo.phases, f"reward {last['reward']:.2f}  KL {last['kl']:.2f}"
 
 

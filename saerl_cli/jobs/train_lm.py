@@ -1,4 +1,4 @@
-"""The job of `saerl train-lm`: a small Pythia-architecture language model of the embedded language or of any text."""
+"""The job of `saerl train-lm`: a small Pythia-architecture language model of the planted language or of any text."""
 
 import shutil
 import time
@@ -27,32 +27,32 @@ def check(config: TrainLmConfig) -> None:
     """Refuse what cannot work, before anything is written."""
     refuse_unless(
         config.model.kind is ModelKind.planted,
-        "train-lm makes a new model: leave model=planted and give its sizes as model.world.hidden_size=… and so on",
+        "train-lm makes a new model: leave model=planted and give its sizes as model.planted.hidden_size=… and so on",
     )
     refuse_unless(
         config.data.kind in (DataKind.planted, DataKind.text),
         "train-lm reads data=planted, or data=text data.path=FILE",
     )
-    world, processes = config.model.world, config.launch.num_processes
+    planted, processes = config.model.planted, config.launch.num_processes
     refuse_unless(
-        world.batch_size >= processes,
-        f"model.world.batch_size={world.batch_size} is less than a row for each of"
+        planted.batch_size >= processes,
+        f"model.planted.batch_size={planted.batch_size} is less than a row for each of"
         f" launch.num_processes={processes} processes",
     )
     refuse_unless(
-        config.data.context_size in (None, config.model.world.context_size),
-        "train-lm takes the context from model.world.context_size; leave data.context_size empty",
+        config.data.context_size in (None, config.model.planted.context_size),
+        "train-lm takes the context from model.planted.context_size; leave data.context_size empty",
     )
     refuse_unless(
         config.launch.shards == 1 or config.data.kind is DataKind.text,
-        "the embedded model is trained whole, by one process; write launch.sharding=none, or data=text data.path=FILE",
+        "the planted model is trained whole, by one process; write launch.sharding=none, or data=text data.path=FILE",
     )
     if config.data.kind is DataKind.text:
         split_documents(read_documents(config.data), config.data)
 
 
 def work(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> float:
-    """Train, or take the embedded model from the cache; returns the held-out loss in nats per token.
+    """Train, or take the planted model from the cache; returns the held-out loss in nats per token.
 
     The first process alone writes, and knows the summary.
     """
@@ -65,9 +65,9 @@ def work(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> float
 
 def planted(config: TrainLmConfig, run: "Run", team: Team) -> dict[str, Any]:
     """RUN/model is a copy of the cached model, which is trained here if need be."""
-    world = config.model.world
-    cached = team.told(damage(planted_folder(world)) is None)
-    folder = planted_model(world, run, config.log_every, config.checkpoint_every, team)
+    planted = config.model.planted
+    cached = team.told(damage(planted_folder(planted)) is None)
+    folder = planted_model(planted, run, config.log_every, config.checkpoint_every, team)
     if not run.writes:
         return {}
     if cached:
@@ -87,15 +87,15 @@ def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dic
     from saerl_cli.planted.train import train_model
 
     start = time.monotonic()
-    world = config.model.world
+    planted = config.model.planted
     training, heldout = split_documents(read_documents(config.data), config.data)
     words = frequent_words(build_tokenizer([]), training, VOCABULARY_LIMIT)
-    tokenizer = build_tokenizer(words, world.context_size)
+    tokenizer = build_tokenizer(words, planted.context_size)
     ids = [tokenizer(document)["input_ids"] for document in training]
     settings = (run, config.log_every, config.checkpoint_every, device, team, config.launch.shards > 1)
-    model = train_model(world, ids, tokenizer, *settings)
+    model = train_model(planted, ids, tokenizer, *settings)
     record = {
-        "config": asdict(world),
+        "config": asdict(planted),
         "data": config.data.path,
         **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer, team),
         "entropy": None,
@@ -110,7 +110,7 @@ def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dic
 
 def summary_of(folder: Path) -> dict[str, Any]:
     """The numbers of a trained model. `entropy` bounds the language's entropy from above, in nats per token."""
-    record = read_json(folder / "world.json")
+    record = read_json(folder / "planted.json")
     config = record["config"]
     return {
         "loss_heldout": record["loss_heldout"],

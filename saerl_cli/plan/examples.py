@@ -18,7 +18,7 @@ SAMPLE = 256
 CHARACTERS = 4
 """Of a token where there is no tokenizer to ask."""
 REVIEW_TOKENS = 32
-"""Of a review of the embedded language, its separator included (measured)."""
+"""Of a review of the planted language, its separator included (measured)."""
 UNKNOWN_PAIRS = 100_000
 """Pairs of a file that is not there."""
 
@@ -54,7 +54,7 @@ def documents_packed(config: RlhfConfig, context: int) -> Examples:
 def tokens_of(data: DataConfig, model: ModelConfig) -> tuple[float, Work, list[str]]:
     """Tokens of a text, the work of making packed rows of them, and what was assumed."""
     if data.kind is DataKind.planted:
-        count = min(data.max_documents or model.world.documents, model.world.documents)
+        count = min(data.max_documents or model.planted.documents, model.planted.documents)
         return count * REVIEW_TOKENS, [((1 + data.heldout) * count / 1000, piece("reviews", 0, 0, 15_000))], []
     files = [Path(name) for name in glob(data.path or "", recursive=True)] if data.kind is DataKind.text else []
     size = sum(file.stat().st_size for file in files)

@@ -15,9 +15,9 @@ from saerl_cli.plan.text import REVIEW_BYTES, reading
 from saerl_cli.plan.work import SAVED, SIZE, Estimate, Phase, Work, adam, forward, logits, piece, small, start
 
 PLANTED_PAIRS = 2000
-"""Pairs of the embedded language where settings do not say."""
+"""Pairs of the planted language where settings do not say."""
 HELDOUT_TOKENS = 130_000
-"""Of the embedded language, on which a new model's loss is measured."""
+"""Of the planted language, on which a new model's loss is measured."""
 
 
 def train_lm(config: TrainLmConfig) -> Estimate:
@@ -27,15 +27,15 @@ def train_lm(config: TrainLmConfig) -> Estimate:
         ValueError: a model that train-lm does not make.
     """
     if config.model.kind is not ModelKind.planted:
-        raise ValueError("train-lm makes a new model: leave model=planted and give its sizes in model.world")
-    world, description = config.model.world, describe(config.model)
+        raise ValueError("train-lm makes a new model: leave model=planted and give its sizes in model.planted")
+    planted, description = config.model.planted, describe(config.model)
     notes: list[str] = []
     if config.data.kind is not DataKind.planted:
         description.vocab_size = VOCABULARY_LIMIT
         notes.append(f"the vocabulary of the text is taken to have {VOCABULARY_LIMIT} words")
     shape = from_description(description)
     text, text_bytes, more = reading(config.data, config.model, REVIEW_BYTES)
-    rows, seq, n = world.batch_size, world.context_size, shape.parameters
+    rows, seq, n = planted.batch_size, planted.context_size, shape.parameters
     tokens, parts = rows * seq, config.launch.shards
     step: Work = [
         (1, forward(shape, shape.layers, rows, seq, "float32", "weights")),
@@ -54,7 +54,7 @@ def train_lm(config: TrainLmConfig) -> Estimate:
         (1, adam(n)),
         small(300),
     ]
-    heldout = world.documents // 10 * 35 if config.data.kind is DataKind.planted else HELDOUT_TOKENS
+    heldout = planted.documents // 10 * 35 if config.data.kind is DataKind.planted else HELDOUT_TOKENS
     measured = heldout / tokens
     return Estimate(
         "train-lm",
@@ -67,7 +67,7 @@ def train_lm(config: TrainLmConfig) -> Estimate:
             Phase("start and text", 1, [(1, start("lm")), (1, start("command")), *text]),
             Phase(
                 "steps",
-                world.steps,
+                planted.steps,
                 step,
                 {
                     "activations": tokens * shape.layers * SAVED["weights"] * shape.width * 4,

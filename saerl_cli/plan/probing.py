@@ -18,7 +18,7 @@ NEWTON_COPIES, LBFGS_COPIES = 4.0, 3.0
 
 
 def phases(config: EvalSaeConfig, data: DataConfig, model: ModelConfig, read: Reading) -> list[Phase]:
-    """The probes of a labelled file, else of the embedded language; none for other text.
+    """The probes of a labelled file, else of the planted language; none for other text.
 
     Raises:
         ValueError: a labelled file that cannot be read.
@@ -29,7 +29,7 @@ def phases(config: EvalSaeConfig, data: DataConfig, model: ModelConfig, read: Re
         examples = len(labelled)
         labels, tokens = len({label for _, label in labelled}), float(examples * read.length)
     elif data.kind is DataKind.planted:
-        heldout = min(data.max_documents or model.world.documents, model.world.documents) * data.heldout
+        heldout = min(data.max_documents or model.planted.documents, model.planted.documents) * data.heldout
         making = [(heldout / 1000, piece("reviews", 0, 0, 15_000))]
         labels, examples, tokens = len(ATTRIBUTES), config.probe_tokens, float(config.probe_tokens)
     else:

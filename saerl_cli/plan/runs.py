@@ -341,7 +341,7 @@ def run_likelihood(
 
 
 def run_pairs(device: torch.device) -> Callable[[], Any]:
-    """A hundred preference pairs of the embedded language, as token ids."""
+    """A hundred preference pairs of the planted language, as token ids."""
     from saerl_cli.config.groups import ModelConfig
     from saerl_cli.config.pairs import PairsConfig
     from saerl_cli.data.pairs import read_pairs
@@ -354,15 +354,15 @@ def run_pairs(device: torch.device) -> Callable[[], Any]:
 
 
 def run_reviews(device: torch.device) -> Callable[[], Any]:
-    """A thousand reviews of the embedded language, as rows of tokens."""
+    """A thousand reviews of the planted language, as rows of tokens."""
     from saerl_cli.activations import token_rows
-    from saerl_cli.config.groups import WorldConfig
+    from saerl_cli.config.groups import PlantedConfig
     from saerl_cli.planted.cache import planted_documents
     from saerl_cli.planted.language import VOCABULARY
     from saerl_cli.planted.tokenizer import build_tokenizer
 
-    world, tokenizer = WorldConfig(documents=1000), build_tokenizer(VOCABULARY, 96)
-    return lambda: token_rows([" ".join(r.words) for r in planted_documents(world, "train")], tokenizer, 96)
+    planted, tokenizer = PlantedConfig(documents=1000), build_tokenizer(VOCABULARY, 96)
+    return lambda: token_rows([" ".join(r.words) for r in planted_documents(planted, "train")], tokenizer, 96)
 
 
 def run_tokenize(device: torch.device, tokenizer: str) -> Callable[[], Any]:

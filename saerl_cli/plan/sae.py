@@ -150,7 +150,7 @@ def step_bytes(plans: list[Planned], batch: float, width: int) -> dict[str, floa
 
 
 def evaluation(config: TrainSaeConfig, shape: Shape, plans: list[Planned], dtype: str) -> Phase:
-    """The metrics on held-out text and, of the embedded language, which features tell its attributes."""
+    """The metrics on held-out text and, of the planted language, which features tell its attributes."""
     length = row_length(config.data, shape.context)
     tokens = config.eval_tokens / config.launch.num_processes
     saes = [dictionary_of(p) for p in plans]
@@ -161,7 +161,7 @@ def evaluation(config: TrainSaeConfig, shape: Shape, plans: list[Planned], dtype
     # Attributes: activations of every SAE on all tokens at once, and two copies of one's; the logits are gone by then.
     every, widest = sum(sae.d_sae for sae in saes), max(sae.d_sae for sae in saes)
     labelled = 4.0 * config.eval_tokens * (every + 2 * widest)
-    reviews = max(200, config.model.world.documents // 10) / 1000
+    reviews = max(200, config.model.planted.documents // 10) / 1000
     chunk = read.chunk * length
     work += [(tokens / chunk, forward(shape, read.layers, read.chunk, length, dtype))]
     work += [(tokens / chunk, sae.measured(chunk, "encode")) for sae in saes]

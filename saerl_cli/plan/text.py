@@ -7,7 +7,7 @@ from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
 from saerl_cli.plan.work import Work, piece
 
 REVIEW_BYTES, PROMPT_BYTES = 1500.0, 2400.0
-"""Memory of a review of the embedded language as text, tokens and rows, and as a prompt (experiments/014-plan)."""
+"""Memory of a review of the planted language as text, tokens and rows, and as a prompt (experiments/014-plan)."""
 TEXT_BYTES, PLAIN_BYTES = 9.0, 1.0
 """Memory of a byte of text: documents, token ids as Python's and as rows (measured); and of text that is only read."""
 
@@ -18,12 +18,12 @@ def reading(data: DataConfig, model: ModelConfig, review: float, share: float = 
     Args:
         data: the text.
         model: whose language or tokenizer it is.
-        review: bytes of a review of the embedded language.
+        review: bytes of a review of the planted language.
         share: of the documents that become tokens; others are only read.
     """
     if data.kind is DataKind.planted:
-        world = model.world
-        count = world.documents + max(200, world.documents // 10)
+        planted = model.planted
+        count = planted.documents + max(200, planted.documents // 10)
         count = min(count, data.max_documents or count) * share
         return [(count / 1000, piece("reviews", 0, 0, 15_000))], count * review, []
     files = [Path(name) for name in glob(data.path or "", recursive=True)] if data.kind is DataKind.text else []

@@ -1,1 +1,1 @@
-"""The embedded language: its text, its labels, its tokenizer and the small model trained on it."""
+"""The planted language: its text, its labels, its tokenizer and the small model trained on it."""

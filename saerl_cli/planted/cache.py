@@ -1,4 +1,4 @@
-"""The embedded model: trained when first needed, then kept under the hash of its settings and checked on every use.
+"""The planted model: trained when first needed, then kept under the hash of its settings and checked on every use.
 
 Importing this file loads no torch.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.config.groups import WorldConfig
+from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.planted.language import VOCABULARY, Review, review
 from saerl_cli.planted.shape import model_shape
 from saerl_cli.run.files import atomic_folder, read_json, sha256_file, write_json, write_safetensors
@@ -30,7 +30,9 @@ SPECIAL_TOKENS = 3
 """<pad>, <eos> and <unk> come before the words."""
 HELDOUT_START = 1_000_000_000
 """Number of the first held-out review, beyond every training review."""
-TINY = WorldConfig(documents=600, hidden_size=32, layers=3, heads=2, context_size=96, steps=60, batch_size=16, lr=1e-2)
+TINY = PlantedConfig(
+    documents=600, hidden_size=32, layers=3, heads=2, context_size=96, steps=60, batch_size=16, lr=1e-2
+)
 """Trains in seconds and has learned little more than which words exist: for tests."""
 THREADS = 2
 """CPU threads that train it: another number would add up in another order and make other bits."""
@@ -38,13 +40,13 @@ SOURCES = ("words.py", "language.py", "tokenizer.py", "shape.py", "train.py")
 """What decides the weights, beside the settings."""
 
 
-def planted_shape(config: WorldConfig) -> dict[str, Any]:
-    """Keyword arguments of the embedded model's `transformers.GPTNeoXConfig`."""
+def planted_shape(config: PlantedConfig) -> dict[str, Any]:
+    """Keyword arguments of the planted model's `transformers.GPTNeoXConfig`."""
     return model_shape(config, len(VOCABULARY) + SPECIAL_TOKENS)
 
 
-def planted_documents(config: WorldConfig, split: str) -> Iterator[Review]:
-    """The embedded language as documents.
+def planted_documents(config: PlantedConfig, split: str) -> Iterator[Review]:
+    """The planted language as documents.
 
     Args:
         config: gives the seed and the number of training reviews.
@@ -69,12 +71,12 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "saerl"
 
 
-def planted_folder(config: WorldConfig) -> Path:
+def planted_folder(config: PlantedConfig) -> Path:
     """Where the model of these settings is kept, whether or not it is there yet."""
-    return cache_folder() / "world" / cache_key(config)
+    return cache_folder() / "planted" / cache_key(config)
 
 
-def cache_key(config: WorldConfig) -> str:
+def cache_key(config: PlantedConfig) -> str:
     """Hash of the settings and of the source that turns them into weights."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for name in SOURCES:
@@ -83,15 +85,15 @@ def cache_key(config: WorldConfig) -> str:
 
 
 def planted_model(
-    config: WorldConfig,
+    config: PlantedConfig,
     run: "Run | None" = None,
     log_every: int = 50,
     checkpoint_every: int = 200,
     team: Team = ALONE,
 ) -> Path:
-    """The folder of the embedded model, as `from_pretrained` reads it; trained first if it is missing or damaged.
+    """The folder of the planted model, as `from_pretrained` reads it; trained first if it is missing or damaged.
 
-    world.json holds its settings, held-out loss, the language's entropy, training time and the SHA-256 of every file.
+    planted.json holds its settings, held-out loss, the language's entropy, training time and the SHA-256 of every file.
 
     Args:
         config: shape and training.
@@ -113,7 +115,7 @@ def planted_model(
             if folder.exists():
                 say(f"the cached model {folder} is damaged ({problem}); training it again")
             else:
-                say("training the embedded language model, once; later runs find it in the cache")
+                say("training the planted language model, once; later runs find it in the cache")
             if team.rank == 0:
                 train_planted(config, folder, run, log_every, checkpoint_every)
             team.told(None)
@@ -121,15 +123,15 @@ def planted_model(
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a cached model, or None: every file must have the hash that world.json records."""
+    """What is wrong with a cached model, or None: every file must have the hash that planted.json records."""
     if not folder.is_dir():
         return "it does not exist"
     try:
-        hashes = dict(read_json(folder / "world.json")["sha256"])
+        hashes = dict(read_json(folder / "planted.json")["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "world.json cannot be read"
+        return "planted.json cannot be read"
     if "model.safetensors" not in hashes:
-        return "world.json names no weights"
+        return "planted.json names no weights"
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
@@ -151,7 +153,7 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is training the embedded language model; waiting for it")
+            say("another process is training the planted language model; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -159,8 +161,10 @@ def alone(folder: Path) -> Iterator[None]:
 # --- filling it ------------------------------------------------------------------------------------------------------
 
 
-def train_planted(config: WorldConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int) -> None:
-    """Train the embedded model and put it into the cache."""
+def train_planted(
+    config: PlantedConfig, folder: Path, run: "Run | None", log_every: int, checkpoint_every: int
+) -> None:
+    """Train the planted model and put it into the cache."""
     import torch
 
     from saerl_cli.planted.tokenizer import build_tokenizer
@@ -200,7 +204,7 @@ def measure(
 def save_model(
     model: "GPTNeoXForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path, record: dict[str, Any]
 ) -> None:
-    """Write a model folder, with `record`, versions and hashes in world.json."""
+    """Write a model folder, with `record`, versions and hashes in planted.json."""
     import torch
     import transformers
 
@@ -213,4 +217,4 @@ def save_model(
     tokenizer.save_pretrained(folder)
     hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(folder / "world.json", {**record, "versions": versions, "sha256": hashes})
+    write_json(folder / "planted.json", {**record, "versions": versions, "sha256": hashes})

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from saerl_cli.config.groups import WorldConfig
+from saerl_cli.config.groups import PlantedConfig
 
 
-def model_shape(config: WorldConfig, vocabulary_size: int) -> dict[str, Any]:
+def model_shape(config: PlantedConfig, vocabulary_size: int) -> dict[str, Any]:
     """Keyword arguments of `transformers.GPTNeoXConfig`: Pythia's architecture, small.
 
     As in every Pythia: parallel residual (attention and MLP read the same input), rotary positions on a quarter of each

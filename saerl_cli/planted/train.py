@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saerl_cli.config.groups import WorldConfig
+from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.planted.shape import model_shape
 from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
@@ -35,7 +35,7 @@ IGNORED = -100
 
 
 def train_model(
-    config: WorldConfig,
+    config: PlantedConfig,
     documents: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerFast,
     run: "Run | None" = None,
@@ -75,7 +75,7 @@ def train_model(
         loss = train_step(model, optimizer, batch, learning_rate(config, step), team)
         done = step + 1
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {done}; lower model.world.lr={config.lr}")
+            raise ValueError(f"the loss is {loss} at step {done}; lower model.planted.lr={config.lr}")
         if run and (done % log_every == 0 or done == config.steps):
             run.log(done, loss=loss, lr=learning_rate(config, step), tokens=done * batch.numel())
         if run and done % checkpoint_every == 0 and done < config.steps:
@@ -86,7 +86,7 @@ def train_model(
     return whole_model(model, config, len(tokenizer)) if split else model.cpu().eval()
 
 
-def whole_model(model: GPTNeoXForCausalLM, config: WorldConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
+def whole_model(model: GPTNeoXForCausalLM, config: PlantedConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
     """A split model, whole in every process and on the CPU."""
     weights = shards.on_cpu(model.state_dict().items(), wanted=True)
     shards.leave(model)
@@ -95,7 +95,7 @@ def whole_model(model: GPTNeoXForCausalLM, config: WorldConfig, vocabulary_size:
     return found.eval()
 
 
-def new_model(config: WorldConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
+def new_model(config: PlantedConfig, vocabulary_size: int) -> GPTNeoXForCausalLM:
     """The model with its initial weights, a function of `config.seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -141,7 +141,7 @@ def pieces(tokens: Sequence[int], size: int) -> Iterator[list[int]]:
     return (list(tokens[start : start + size]) for start in range(0, len(tokens), size))
 
 
-def batch_of(rows: Tensor, config: WorldConfig, step: int) -> Tensor:
+def batch_of(rows: Tensor, config: PlantedConfig, step: int) -> Tensor:
     """The rows of a step, `[batch_size, context_size]`: an order an epoch, incomplete batches left out."""
     size = min(config.batch_size, len(rows))
     epoch, index = divmod(step, len(rows) // size)
@@ -161,7 +161,7 @@ def new_optimizer(model: GPTNeoXForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
-def learning_rate(config: WorldConfig, step: int) -> float:
+def learning_rate(config: PlantedConfig, step: int) -> float:
     """Linear rise over the first `WARMUP` of the steps, then half a cosine down to 0."""
     warmup = max(1, round(WARMUP * config.steps))
     if step < warmup:

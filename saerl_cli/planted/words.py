@@ -1,4 +1,4 @@
-"""The words and sentence templates of the embedded language.
+"""The words and sentence templates of the planted language.
 
 An upper-case word of a template is a slot, filled by the method of that name of `language.Writer`.
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.analysis.compare import IGNORED, differing, named
+from saerl_cli.config.renamed import translate
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
 from saerl_cli.run.listing import true_status
@@ -158,15 +159,13 @@ def numbered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def settings_of(run: Found) -> dict[str, Any]:
     """The settings of training, flat."""
     if isinstance(run.record.get("trained_with"), dict):
-        return run.record["trained_with"]
+        return translate(run.record["trained_with"])
     if run.job != POLICY or not run.config:
         return {}
-    from omegaconf import OmegaConf
-
     from saerl_cli.run.preflight import flat
 
     try:
-        return flat(OmegaConf.create(run.config))
+        return flat(Run(run.path).settings)
     except Exception:  # of the YAML parser, which is OmegaConf's own business
         run.missing.append(".hydra/config.yaml cannot be read")
         return {}

@@ -34,10 +34,10 @@ SMALL: dict[str, list[str]] = {
     "audit": ["evaluation.samples=16", "evaluation.heldout_tokens=2_000", "top=2", "pairs=1", "draws=2", "alphas=2"],
 }
 """Words that bring a command down to seconds."""
-SMALL_WORLD = [*SMALL_MODEL, "model.world.layers=4"]
-"""The embedded model of a small experiment: with the layers that the experiments name."""
+SMALL_PLANTED = [*SMALL_MODEL, "model.planted.layers=4"]
+"""The planted model of a small experiment: with the layers that the experiments name."""
 HAVE_MODELS = ("train-lm", "train-sae", "train-reward", "rlhf")
-"""Commands with settings of the embedded language model."""
+"""Commands with settings of the planted language model."""
 
 Values = dict[str, Any]
 
@@ -138,7 +138,7 @@ def task_of(
     raw = [*stage.words, *words_of_values(stage, values)]
     if small:
         raw += SMALL.get(stage.command, [])
-        raw += SMALL_WORLD if stage.command in HAVE_MODELS and "model" not in pipeline.variables else []
+        raw += SMALL_PLANTED if stage.command in HAVE_MODELS and "model" not in pipeline.variables else []
         raw += pipeline.small.words.get(name, [])
     raw = last_of_each(raw) if hydra else raw
     needs = {task_name(other, point) for other in stage.needs for point in agreeing(points[other], values)}

@@ -34,8 +34,8 @@ def check_reward(config: RewardConfig) -> None:
             raise ValueError(f"reward.parts.{name}: weight must be a finite number, got {part.weight}")
 
 
-def check_world(part: RewardPart) -> None:
-    """The attribute must be one of the embedded language."""
+def check_planted(part: RewardPart) -> None:
+    """The attribute must be one of the planted language."""
     from saerl_cli.planted.language import ATTRIBUTES
 
     if part.attribute not in ATTRIBUTES:
@@ -89,7 +89,7 @@ def check_pattern(part: RewardPart) -> None:
 
 
 CHECKS: dict[RewardKind, Callable[[RewardPart], None]] = {
-    RewardKind.world: check_world,
+    RewardKind.planted: check_planted,
     RewardKind.lexicon: check_lexicon,
     RewardKind.vader: check_vader,
     RewardKind.hf: check_hf,

@@ -114,8 +114,8 @@ def build_reward(config: RewardConfig, tokenizer: Any, device: Any = "cpu") -> R
 
 def build_function(part: RewardPart, tokenizer: Any, device: Any) -> PartFunction:
     """The scoring function of one part."""
-    if part.kind is RewardKind.world:
-        return world_function(part.attribute or "", part.per is Per.token)
+    if part.kind is RewardKind.planted:
+        return planted_function(part.attribute or "", part.per is Per.token)
     if part.kind is RewardKind.lexicon:
         lexicon = Lexicon(part.words or read_lexicon(part.path or ""), part.per is Per.token)
         return lambda prompts, completions, completion_ids: [lexicon(text) for text in completions]
@@ -183,8 +183,8 @@ def verifier_function(part: RewardPart) -> PartFunction:
     return score
 
 
-def world_function(attribute: str, per_token: bool) -> PartFunction:
-    """Counts the words of a completion that carry an attribute of the embedded language, by the language's labels."""
+def planted_function(attribute: str, per_token: bool) -> PartFunction:
+    """Counts the words of a completion that carry an attribute of the planted language, by the language's labels."""
     from saerl_cli.planted.language import ATTRIBUTES, labels_of, split_words
 
     if attribute not in ATTRIBUTES:

@@ -83,7 +83,7 @@ def check_layers(adapter: AdapterConfig, names: set[str], model_type: str) -> No
 
 def weight_names(model: ModelConfig) -> set[str] | None:
     """Names of a model's weights where they can be had at once; None where loading will tell."""
-    folder = planted_folder(model.world) if model.kind is ModelKind.planted else None
+    folder = planted_folder(model.planted) if model.kind is ModelKind.planted else None
     if model.kind is ModelKind.local:
         folder = locate(model)
     names: set[str] = set()
@@ -164,11 +164,11 @@ def check_examples(config: RlhfConfig) -> None:
 
 
 def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:
-    """The texts of a split; those of the embedded language are written only as far as they are read."""
+    """The texts of a split; those of the planted language are written only as far as they are read."""
     if config.data.kind is DataKind.planted and config.model.kind is ModelKind.planted:
         from saerl_cli.planted.cache import planted_documents
 
-        reviews = planted_documents(config.model.world, split)
+        reviews = planted_documents(config.model.planted, split)
         return (" ".join(review.words) for review in islice(reviews, config.data.max_documents))
     return documents(config.data, config.model, split)
 

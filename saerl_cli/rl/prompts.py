@@ -72,13 +72,13 @@ def refuse_few_questions(available: int, algo: AlgoConfig) -> None:
 
 def split_questions(config: RlhfConfig) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions, each prompt once and in one of the two."""
-    prompts, world = config.prompts, config.model.world
+    prompts, planted = config.prompts, config.model.planted
     if prompts.kind is PromptKind.arithmetic:
         if config.model.kind is not ModelKind.planted:
             raise ValueError("prompts.kind=arithmetic belongs to model=planted; write prompts.kind=file prompts.path=…")
-        train = distinct(arithmetic_questions(world, "train"))
+        train = distinct(arithmetic_questions(planted, "train"))
         seen = {question.prompt for question in train}
-        unseen = [q for q in distinct(arithmetic_questions(world, "heldout")) if q.prompt not in seen]
+        unseen = [q for q in distinct(arithmetic_questions(planted, "heldout")) if q.prompt not in seen]
         return train, refuse_none(unseen, prompts)
     found = distinct(file_questions(prompts.path or "", prompts.field, prompts.answer_field, prompts.template))
     first = len(found) - max(1, round(prompts.heldout * len(found)))

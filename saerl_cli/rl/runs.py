@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from saerl_cli.config import typed
@@ -27,7 +26,7 @@ def run_config(run_path: Path | str) -> RlhfConfig:
     if job != "rlhf":
         raise ValueError(f"{path} is a run of `saerl {str(job).replace('_', '-')}`; give one of `saerl rlhf`")
     try:
-        return typed(OmegaConf.load(file), RlhfConfig)
+        return typed(Run(path).settings, RlhfConfig)
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} is not a config of `saerl rlhf`: {str(error).splitlines()[0]}") from None
 

@@ -69,7 +69,7 @@ def summarise(parts: Parts, trainer: ExactTrainer, policy: Policy) -> dict[str, 
 
 
 def curse_words(numbers: dict[str, Any]) -> dict[str, float]:
-    """In the embedded world: curse words per completion, their share of all words, and how much of that is gone."""
+    """In the planted language: curse words per completion, their share of all words, and how much of that is gone."""
     if "attributes_before" not in numbers:
         return {}
     found = {}

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from saerl_cli.config.renamed import translate
 from saerl_cli.run import lock
 from saerl_cli.run.files import append_jsonl, atomic_folder, read_json, read_jsonl, write_json, write_text
 
@@ -60,7 +61,15 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json as it stands; empty before the first start."""
         file = self.path / "run.json"
-        return read_json(file) if file.is_file() else {}
+        return translate(read_json(file)) if file.is_file() else {}
+
+    @property
+    def settings(self) -> Any:
+        """.hydra/config.yaml, in today's words; empty before Hydra has written it."""
+        from omegaconf import OmegaConf
+
+        file = self.path / ".hydra" / "config.yaml"
+        return OmegaConf.create(translate(OmegaConf.to_container(OmegaConf.load(file))) if file.is_file() else {})
 
     @property
     def status(self) -> str | None:
@@ -164,7 +173,7 @@ class Run:
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json of a finished run."""
-        return read_json(self.path / "summary.json")
+        return translate(read_json(self.path / "summary.json"))
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -169,18 +169,14 @@ def refuse_other_settings(folder: Path, name: str, cfg: Any, in_sweep: bool = Fa
     """
     from omegaconf import OmegaConf
 
-    earlier_file = folder / ".hydra" / "config.yaml"
     job_before = Run(folder).record.get("job", name)
     if job_before != name:
         what = f"{shown(folder)} is a run of saerl {job_before.replace('_', '-')}"
         if in_sweep:
             raise SweepRefused(f"{what}: {ANOTHER}")
         raise ValueError(f"{what}; take another hydra.run.dir")
-    if not earlier_file.is_file():
-        return
-    before = OmegaConf.load(earlier_file)
-    changed = changed_settings(before, cfg)
-    if changed:
+    before = Run(folder).settings
+    if before and (changed := changed_settings(before, cfg)):
         was, given = (OmegaConf.select(which, changed[0]) for which in (before, cfg))
         what = f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given})"
         if in_sweep:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_origin, get_type_hints
 
+from saerl_cli.config.renamed import renamed
+
 EXTRAS = {
     "submitit": "this launcher needs an extra: pip install 'saerl[slurm]'",
     "joblib": "this launcher needs an extra: pip install 'saerl[joblib]'",
@@ -28,6 +30,8 @@ def readable(error: Exception, name: str, schema: type) -> str:
     key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
     command = f"saerl {name.replace('_', '-')}"
+    if key and (said := renamed(key, text)):
+        return said
     if plugin := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(submitit|joblib|optuna|ray)", text):
         return EXTRAS[plugin[2]].format(f"hydra/{plugin[1]}={plugin[2]}")
     if option := re.search(r"Could not find '(.+)/(.+)'", text):

@@ -21,7 +21,7 @@ LINES = 40
 PROGRESS = {
     "rlhf": (("phase", "algo.phases"), ("step", "algo.steps")),
     "train_sae": (("tokens", "sae.tokens"),),
-    "train_lm": (("step", "model.world.steps"),),
+    "train_lm": (("step", "model.planted.steps"),),
     "train_reward": (("step", "steps"),),
 }
 """Job -> what its metrics count and the setting that says how far, in order of preference."""
@@ -102,12 +102,9 @@ def how_far(run: Run, rows: Sequence[dict[str, Any]]) -> str:
 
 def flat_settings(run: Run) -> dict[str, Any]:
     """The settings of a run, {dotted key: value}."""
-    from omegaconf import OmegaConf
-
     from saerl_cli.run.preflight import flat
 
-    file = run.path / ".hydra" / "config.yaml"
-    return flat(OmegaConf.load(file)) if file.is_file() else {}
+    return flat(run.settings)
 
 
 def numbers(row: dict[str, Any]) -> str:

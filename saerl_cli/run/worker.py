@@ -9,8 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from saerl_cli.config import typed
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run, shown
@@ -57,7 +55,7 @@ def leave() -> None:
 def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
     """Build the config and the accelerator, and call the job's work."""
     quiet()
-    config = typed(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve(schema))
+    config = typed(Run(folder).settings, resolve(schema))
     from accelerate import Accelerator
 
     accelerator = Accelerator(
@@ -66,7 +64,7 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
         log_with=[tracker.value for tracker in config.launch.trackers] or None,
         project_dir=folder,
     )
-    check_world_size(accelerator.num_processes, config.launch.num_processes)
+    check_planted_size(accelerator.num_processes, config.launch.num_processes)
     run = Run(folder, writes=rank == 0)
     if config.launch.trackers:
         track(accelerator, run)
@@ -79,13 +77,13 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
 
 def track(accelerator: Any, run: Run) -> None:
     """Send what the run logs to the trackers too."""
-    settings = flat(OmegaConf.load(run.path / ".hydra" / "config.yaml"))
+    settings = flat(run.settings)
     name = {"name": run.path.name, "dir": str(run.path)}
     accelerator.init_trackers("saerl", {key: str(value) for key, value in settings.items()}, {"wandb": name})
     run.mirror = accelerator.log
 
 
-def check_world_size(got: int, asked: int) -> None:
+def check_planted_size(got: int, asked: int) -> None:
     """Accelerate falls back to one process without a word in several cases; none may pass."""
     if got != asked:
         raise RuntimeError(f"launch.num_processes={asked}, but {got} process(es) found each other; write launch=one")

@@ -12,6 +12,7 @@ from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.models import Loaded, Site, context_size, describe, known_sha256, resolve_sites
 from saerl_cli.run import shards
+from saerl_cli.run.directory import Run
 from saerl_cli.run.processes import ALONE, Team
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
@@ -89,13 +90,8 @@ def recorded_settings(sae: Path) -> dict[str, Any]:
     """The config of the run directory that an SAE folder is in; empty outside of one."""
     from omegaconf import OmegaConf
 
-    for run in list(sae.absolute().parents)[:2]:
-        file = run / ".hydra" / "config.yaml"
-        if file.is_file():
-            found = OmegaConf.to_container(OmegaConf.load(file))
-            if isinstance(found, dict):
-                return {str(key): value for key, value in found.items()}
-    return {}
+    settings = (Run(run).settings for run in list(sae.absolute().parents)[:2])
+    return dict(OmegaConf.to_container(next(filter(None, settings), OmegaConf.create())))  # type: ignore[arg-type]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -304,7 +300,7 @@ def probes(
     saes: "dict[str, SAE]",
     length: int,
 ) -> dict[str, Any]:
-    """Sparse probing of a labelled file, else of the embedded language; nothing for other text."""
+    """Sparse probing of a labelled file, else of the planted language; nothing for other text."""
     from saerl_cli.sae.probe import labelled_examples, planted_examples, probe
 
     if config.probes is not None:

@@ -4,7 +4,7 @@ The features are those with the largest |mean on positives - mean on negatives| 
 regression is fitted, and judged on the test part. The same is done with dimensions of the raw activations, the baseline
 that features must beat, and with all dimensions at once, the most that there is to find linearly.
 
-An example is a token with its own labels (the embedded language), or a document whose activations are averaged over
+An example is a token with its own labels (the planted language), or a document whose activations are averaged over
 its text (a labelled file). Tokens of a row depend on each other: a row is in one part only, and standard errors treat
 it as one observation.
 """
@@ -68,11 +68,11 @@ class Examples:
 def planted_labels(
     data: DataConfig, model: ModelConfig, loaded: Loaded, length: int, tokens: int
 ) -> tuple["Tensor", "Tensor", tuple[str, ...]]:
-    """Held-out rows of the embedded language and what each of their text tokens carries.
+    """Held-out rows of the planted language and what each of their text tokens carries.
 
     Args:
         data: `data=planted`.
-        model: the embedded model's settings.
+        model: the planted model's settings.
         loaded: the model.
         length: tokens a row.
         tokens: text tokens at least, or all there are.
@@ -91,7 +91,7 @@ def planted_labels(
     bit = {name: 1 << index for index, name in enumerate(ATTRIBUTES)}
     flags = [[sum(bit[name] for name in carried) for carried in review.labels] for review in reviews]
     if [len(ids) for ids in encoded] != [len(labels) for labels in flags]:
-        raise RuntimeError("the embedded tokenizer and labels disagree about what a word is")
+        raise RuntimeError("the planted tokenizer and labels disagree about what a word is")
     special = special_ids(loaded.tokenizer)
     rows = first_rows(pack(encoded, separator_id(loaded.tokenizer), length), special, tokens)
     carried = pack(flags, 0, length)[: len(rows)]  # packed alike, so that labels lie where their tokens lie

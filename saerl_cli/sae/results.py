@@ -134,7 +134,7 @@ def _line(name: str, numbers: dict[str, Any]) -> str:
 def _attributes(
     config: TrainSaeConfig, loaded: Loaded, plans: list[Planned], saes: "dict[str, SAE]", length: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """In the embedded world, how well each attribute has a feature of its own: SAE -> attribute -> scores.
+    """In the planted language, how well each attribute has a feature of its own: SAE -> attribute -> scores.
 
     Empty for other text, whose tokens carry no labels.
     """

@@ -1,4 +1,4 @@
-"""How features match the attributes of the embedded language: on what they fire, and on what they write.
+"""How features match the attributes of the planted language: on what they fire, and on what they write.
 
 Letters: `n` tokens, `C` features, `A` attributes, `V` the vocabulary.
 """
@@ -17,7 +17,7 @@ def truth_of(rows: Tensor, mask: Tensor, tokenizer: Any) -> tuple[Tensor, tuple[
     Args:
         rows: token ids [rows, seq].
         mask: which of them count [rows, seq], n in all.
-        tokenizer: of the embedded language, a token a word.
+        tokenizer: of the planted language, a token a word.
     """
     from saerl_cli.planted.language import ATTRIBUTES, labels_of
 
@@ -92,7 +92,7 @@ def output_side(effect: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
 
     Args:
         effect: on the logits, [C, V].
-        tokenizer: of the embedded language.
+        tokenizer: of the planted language.
     """
     truth, names, words = vocabulary_truth(tokenizer)
     area = aurocs(effect[:, : len(words)].cpu().T[words], truth[words])  # [C, A]

@@ -1,8 +1,8 @@
 """What features are, as plain data: one dictionary a feature, the same for a command, a page and a notebook.
 
 Keys: site, feature, trivial (the site sees the current token alone), tokens read, density, mean and peak activation,
-effect; fires_on, promotes, suppresses; contexts, quantiles, histogram; neighbours; and in the embedded world attribute,
-f1, auroc, input and output. A context is a list of (token, activation).
+effect; fires_on, promotes, suppresses; contexts, quantiles, histogram; neighbours; and in the planted language
+attribute, f1, auroc, input and output. A context is a list of (token, activation).
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class Depth:
     seed: int = 0
     """Of the contexts drawn."""
     attributes: bool = False
-    """Whether to compare with the attributes of the embedded language; keeps an activation a token and feature."""
+    """Whether to compare with the attributes of the planted language; keeps an activation a token and feature."""
     dashboards: bool = False
     """Whether to keep what Neuronpedia's files hold besides, under `neuronpedia`."""
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
@@ -128,7 +126,7 @@ class Bench:
 
 def record_inputs(config: EvaluateConfig, run: Run) -> None:
     """What is measured, and all settings it was trained with, into run.json."""
-    trained = flat(OmegaConf.load(Path(config.policy) / ".hydra" / "config.yaml"))
+    trained = flat(Run(config.policy).settings)
     inputs = Run(config.policy).record.get("inputs", {})
     run.update(inputs={**inputs, "policy": str(Path(config.policy)), "base": config.base}, trained_with=trained)
 

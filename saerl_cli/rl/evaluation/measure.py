@@ -227,7 +227,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def describe(samples: Samples, eos_token_ids: Iterable[int], attributes: bool = False) -> dict[str, Any]:
-    """Length, endings, variety and, in the embedded world, the attributes of completions.
+    """Length, endings, variety and, in the planted language, the attributes of completions.
 
     Returns:
         length: mean tokens; ended: share with an end token; distinct_1, distinct_2: distinct over all n-grams of
@@ -263,7 +263,7 @@ def token_entropy(rows: Iterable[Sequence[int]]) -> float:
 
 
 def attribute_shares(samples: Samples) -> dict[str, dict[str, float]]:
-    """How often the words of completions carry each attribute of the embedded language."""
+    """How often the words of completions carry each attribute of the planted language."""
     from saerl_cli.planted.language import ATTRIBUTES, labels_of, split_words
 
     counts, words = dict.fromkeys(ATTRIBUTES, 0), 0
@@ -288,7 +288,7 @@ def measure(
         prompts: one completion each, from either model.
         heldout: [n, context] token ids for the language-modelling loss.
         how: sampling settings; the two models draw with the same seed.
-        attributes: count the attributes of the embedded language.
+        attributes: count the attributes of the planted language.
 
     Returns:
         The numbers, keys ending in _before (reference) and _after (policy); and the two sets of samples.

@@ -1,4 +1,4 @@
-"""The embedded language: random access, labels, agreement with what was drawn, closed vocabulary, text files."""
+"""The planted language: random access, labels, agreement with what was drawn, closed vocabulary, text files."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from saerl_cli.config.groups import DataConfig, DataKind, WorldConfig
+from saerl_cli.config.groups import DataConfig, DataKind, PlantedConfig
 from saerl_cli.data.text import read_documents, split_documents
 from saerl_cli.planted.cache import HELDOUT_START, planted_documents
 from saerl_cli.planted.language import (
@@ -58,7 +58,7 @@ def test_text_and_words_are_inverse():
 
 
 def test_splits_are_disjoint_ranges_of_the_stream():
-    config = WorldConfig(documents=30, seed=5)
+    config = PlantedConfig(documents=30, seed=5)
     training, heldout = list(planted_documents(config, "train")), list(planted_documents(config, "heldout"))
     assert training == [review(5, index) for index in range(30)]
     assert heldout == [review(5, HELDOUT_START + index) for index in range(200)]

@@ -1,4 +1,4 @@
-"""The embedded model: tokenizer, packing, training and its resumption, the checked cache, the train-lm job."""
+"""The planted model: tokenizer, packing, training and its resumption, the checked cache, the train-lm job."""
 
 import json
 import math
@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, WorldConfig
+from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelConfig, ModelKind, PlantedConfig
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.jobs import train_lm as job
 from saerl_cli.planted import cache, train
@@ -27,7 +27,7 @@ from saerl_cli.planted.tokenizer import build_tokenizer, frequent_words
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder, read_json, read_jsonl, sha256_file
 
-QUICK = WorldConfig(
+QUICK = PlantedConfig(
     documents=60, hidden_size=16, layers=2, heads=2, context_size=48, steps=30, batch_size=4, lr=1e-2, seed=3
 )
 CPU = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
@@ -95,7 +95,7 @@ def test_rows_start_with_documents_and_lose_no_text():
 
 def test_an_epoch_reads_every_row_once_in_an_order_of_its_own():
     rows = torch.arange(12)[:, None]  # [12, 1]
-    config = WorldConfig(batch_size=4, seed=2)
+    config = PlantedConfig(batch_size=4, seed=2)
     epochs = [torch.cat([train.batch_of(rows, config, step) for step in steps]) for steps in (range(3), range(3, 6))]
     for epoch in epochs:
         assert sorted(epoch.flatten().tolist()) == list(range(12))
@@ -103,7 +103,7 @@ def test_an_epoch_reads_every_row_once_in_an_order_of_its_own():
 
 
 def test_learning_rate_rises_then_falls_to_nothing():
-    config = WorldConfig(steps=100, lr=1.0)
+    config = PlantedConfig(steps=100, lr=1.0)
     rates = [train.learning_rate(config, step) for step in range(100)]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert rates[52] == pytest.approx(0.5, abs=0.01) and rates[99] < 0.001
@@ -134,7 +134,7 @@ def test_heldout_loss_equals_a_loop_over_tokens():
 def test_training_learns_more_than_word_frequencies(tiny):
     words = [word for document in planted_documents(TINY, "heldout") for word in (*document.words, "<eos>")]
     unigram = -sum(n / len(words) * math.log(n / len(words)) for n in Counter(words).values())
-    record = read_json(tiny / "world.json")
+    record = read_json(tiny / "planted.json")
     assert record["entropy"] < record["loss_heldout"] < 0.75 * unigram
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny).eval()
     again = train.heldout_loss(model, [tokenizer(d.text)["input_ids"] for d in planted_documents(TINY, "heldout")], 1)
@@ -154,7 +154,7 @@ def test_training_is_a_function_of_the_seed():
     first, again = (train.train_model(QUICK, documents, tokenizer).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert torch.equal(before, torch.get_rng_state())  # nobody else's randomness is touched
-    other = train.train_model(WorldConfig(**{**vars(QUICK), "seed": 4}), documents, tokenizer).state_dict()
+    other = train.train_model(PlantedConfig(**{**vars(QUICK), "seed": 4}), documents, tokenizer).state_dict()
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
@@ -180,7 +180,7 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(tmp_path, monkeypatch
 def test_an_infinite_loss_stops_and_names_the_step(monkeypatch):
     losses = iter([1.0, 1.0, math.inf])
     monkeypatch.setattr(train, "train_step", lambda *words: next(losses))
-    with pytest.raises(ValueError, match=r"loss is inf at step 3; lower model\.world\.lr=0\.01"):
+    with pytest.raises(ValueError, match=r"loss is inf at step 3; lower model\.planted\.lr=0\.01"):
         train.train_model(QUICK, token_ids(), build_tokenizer(VOCABULARY))
 
 
@@ -204,9 +204,9 @@ def test_cache_folder(monkeypatch, variables, expected):
 
 
 def test_settings_name_the_cached_model(empty_cache):
-    keys = {cache.cache_key(WorldConfig(**{**vars(TINY), **change})) for change in ({}, {"seed": 1}, {"steps": 61})}
+    keys = {cache.cache_key(PlantedConfig(**{**vars(TINY), **change})) for change in ({}, {"seed": 1}, {"steps": 61})}
     assert len(keys) == 3
-    assert cache.cache_key(TINY) == cache.cache_key(WorldConfig(**vars(TINY)))
+    assert cache.cache_key(TINY) == cache.cache_key(PlantedConfig(**vars(TINY)))
 
 
 def flip_a_bit(folder):
@@ -219,8 +219,8 @@ DAMAGES = {
     "model.safetensors has changed": flip_a_bit,
     "tokenizer.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),
     "config.json has changed": lambda folder: (folder / "config.json").write_text("{}"),
-    "world.json cannot be read": lambda folder: (folder / "world.json").write_text('{"sha256"'),
-    "world.json names no weights": lambda folder: (folder / "world.json").write_text('{"sha256": {}}'),
+    "planted.json cannot be read": lambda folder: (folder / "planted.json").write_text('{"sha256"'),
+    "planted.json names no weights": lambda folder: (folder / "planted.json").write_text('{"sha256": {}}'),
 }
 
 
@@ -253,7 +253,7 @@ def test_two_at_once_train_once(empty_cache, monkeypatch, capsys):
         with atomic_folder(folder) as partial:
             (partial / "model.safetensors").write_text("weights")
             hashes = {"model.safetensors": sha256_file(partial / "model.safetensors")}
-            (partial / "world.json").write_text(json.dumps({"sha256": hashes}))
+            (partial / "planted.json").write_text(json.dumps({"sha256": hashes}))
 
     monkeypatch.setattr(cache, "train_planted", slow)
     found = []
@@ -286,7 +286,7 @@ def test_shape_and_documents_need_no_torch():
 
 
 def settings(**changes):
-    return TrainLmConfig(**({"model": ModelConfig(world=QUICK), "log_every": 10, "checkpoint_every": 10} | changes))
+    return TrainLmConfig(**({"model": ModelConfig(planted=QUICK), "log_every": 10, "checkpoint_every": 10} | changes))
 
 
 def test_train_lm_trains_then_copies(empty_cache, tmp_path, capsys):
@@ -338,8 +338,8 @@ def test_train_lm_refuses(changes, message):
 
 @pytest.mark.parametrize("change", [{"heads": 3}, {"heads": 4}, {"context_size": 1}, {"lr": 0.0}, {"steps": 0}])
 def test_impossible_sizes_are_refused(change):
-    with pytest.raises(ValueError, match=r"model\.world"):
-        WorldConfig(**{**vars(QUICK), **change})
+    with pytest.raises(ValueError, match=r"model\.planted"):
+        PlantedConfig(**{**vars(QUICK), **change})
 
 
 KILLED = """
@@ -348,11 +348,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from saerl_cli.run.directory import Run
-from tests.test_world_model import CPU, QUICK, settings
-from saerl_cli.config.groups import ModelConfig, WorldConfig
+from tests.test_planted_model import CPU, QUICK, settings
+from saerl_cli.config.groups import ModelConfig, PlantedConfig
 from saerl_cli.jobs import train_lm as job
 torch.set_num_threads(1)
-config = settings(model=ModelConfig(world=WorldConfig(**{**vars(QUICK), "steps": 400})))
+config = settings(model=ModelConfig(planted=PlantedConfig(**{**vars(QUICK), "steps": 400})))
 job.work(config, Run(Path(sys.argv[1])), CPU)
 """
 
