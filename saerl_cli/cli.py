@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,20 @@ Overrides = Annotated[
 Help = Annotated[
     bool, typer.Option("--help", is_eager=True, callback=help_with_settings, help="Show this and every setting.")
 ]
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what a user causes into one line: a ValueError is exit code 2, an OSError (a full disk) 1."""
+    from saerl_cli.run.bridge import refuse
+
+    try:
+        yield
+    except ValueError as error:
+        refuse(error)
+    except OSError as error:
+        typer.echo(f"saerl: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 def hydra(name: str, words: list[str] | None) -> None:
@@ -117,21 +132,11 @@ def audit(overrides: Overrides = None, help: Help = False) -> None:
 @app.command("compare", context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
     """Compare policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
-    import glob
+    from saerl_cli.run.words import with_folders
 
-    from saerl_cli.run.bridge import refuse
-    from saerl_cli.run.words import quoted_list, split_words
-
-    try:
-        flags, words = split_words(overrides or [])
-    except ValueError as error:
-        refuse(error)
-    folders = [word for word in words if "=" not in word and not word.startswith("~")]
-    for folder in folders:
-        if not glob.glob(folder) and not Path(folder).exists():
-            refuse(f"there is no folder {folder}")
-    sugar = [f"runs={quoted_list(','.join(folders))}"] if folders else []
-    hydra("compare", [*flags, *sugar, *(word for word in words if word not in folders)])
+    with exit_codes():
+        words = with_folders(overrides or [], "runs")
+    hydra("compare", words)
 
 
 @app.command("export")
@@ -154,22 +159,10 @@ def export(
     ] = None,
 ) -> None:
     """Write SAEs in the format of another library, or a policy as a small adapter or a model."""
-    from saerl_cli.rl.export import FORMS, export_policy
-    from saerl_cli.run.bridge import refuse
-    from saerl_cli.sae.export import export_saes
+    from saerl_cli.jobs.export import export as work
 
-    if to in FORMS and site is not None:
-        refuse(f"--site chooses SAEs; a policy is exported whole with --to {to}")
-    if to not in FORMS and first is not None:
-        refuse(f"--first chooses features of a policy; --to {to} is a form of SAEs")
-    try:
-        lines = export_policy(Path(path), to, out, first) if to in FORMS else export_saes(path, to, out, site)
-        typer.echo("\n".join(lines))
-    except ValueError as error:
-        refuse(error)
-    except OSError as error:  # a full disk, a folder that may not be written
-        typer.echo(f"saerl: {error}", err=True)
-        raise typer.Exit(1) from None
+    with exit_codes():
+        typer.echo("\n".join(work(path, to, out, site, first)))
 
 
 @app.command("report")
@@ -185,19 +178,10 @@ def report(
     ] = False,
 ) -> None:
     """Write one HTML page of runs: curves, frontiers, features, samples, behaviour."""
-    from saerl_cli.report.collect import describe_features
-    from saerl_cli.report.page import write_report
-    from saerl_cli.run.bridge import refuse
+    from saerl_cli.jobs.report import report as work
 
-    try:
-        if describe:
-            describe_features(runs)
-        typer.echo(write_report(runs, out))
-    except ValueError as error:
-        refuse(error)
-    except OSError as error:  # a full disk, a folder that may not be written
-        typer.echo(f"saerl: {error}", err=True)
-        raise typer.Exit(1) from None
+    with exit_codes():
+        typer.echo(work(runs, out, describe))
 
 
 @app.command("reproduce")
@@ -218,15 +202,9 @@ def reproduce(
     Finished stages are skipped, also after a kill: repeat the command. Exit code 0 when everything agrees.
     """
     from saerl_cli.reproduce.command import reproduce as work
-    from saerl_cli.run.bridge import refuse
 
-    try:
+    with exit_codes():
         code = work(name, variables or [], out, jobs, scale, on, dry_run, no_compare)
-    except ValueError as error:
-        refuse(error)
-    except OSError as error:  # a full disk
-        typer.echo(f"saerl: {error}", err=True)
-        raise typer.Exit(1) from None
     raise typer.Exit(code)
 
 
@@ -258,10 +236,8 @@ def plan(
     """Say what memory and time a job needs before it runs."""
     import shlex
 
-    from saerl_cli.run.bridge import refuse
-
     sugar = ["adapter=sparse_coeffs"] if sparse_coeffs else []
-    try:
+    with exit_codes():
         from saerl_cli.plan.command import plan as planned
         from saerl_cli.plan.table import text_of
         from saerl_cli.run.files import as_json as json_of
@@ -271,11 +247,6 @@ def plan(
         if out is not None:
             write_json(out, found)
         typer.echo(json_of(found) if as_json else text_of(found))
-    except ValueError as error:
-        refuse(error)
-    except OSError as error:  # a full disk, a folder that may not be written
-        typer.echo(f"saerl: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 @app.command("runs")
@@ -288,12 +259,12 @@ def runs(
     ] = False,
 ) -> None:
     """List runs with their status, numbers and resume commands."""
-    from saerl_cli.run.bridge import refuse
     from saerl_cli.run.listing import listing
 
-    for folder in folders or []:
-        if not folder.is_dir():
-            refuse(f"there is no folder {folder}")
+    with exit_codes():
+        for folder in folders or []:
+            if not folder.is_dir():
+                raise ValueError(f"there is no folder {folder}")
     if watch:
         from saerl_cli.run.watching import watch as watch_runs
 

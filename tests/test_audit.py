@@ -11,25 +11,10 @@ import saerl_cli.analysis.attribution as attribution
 from saerl_cli.adapter import biases, deltas, sparse_coeffs
 from saerl_cli.adapter.coefficients import site_layers
 from saerl_cli.analysis.attribution import advantages, attribute, less_the_others, moved, pass_attributions, scaled
-from saerl_cli.analysis.audit import (
-    Gain,
-    Variants,
-    averaged,
-    control,
-    curve,
-    difference,
-    grid,
-    interaction,
-    matched,
-    needed,
-    only,
-    random_order,
-    ratio,
-    row_losses,
-    spearman,
-    sums_by,
-    top_overlap,
-)
+from saerl_cli.analysis.audit.agreement import spearman, top_overlap
+from saerl_cli.analysis.audit.classify import sums_by
+from saerl_cli.analysis.audit.curves import averaged, control, curve, grid, matched, needed, only, random_order
+from saerl_cli.analysis.audit.variants import Gain, Variants, difference, interaction, ratio, row_losses
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import Part, Reward
 from saerl_cli.rl.evaluation.measure import Sampling, generate, heldout_loss, log_probabilities, mean_and_error

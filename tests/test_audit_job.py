@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from rl_fixtures import tiny_sae
 from test_rl_job import do, settings
 
-from saerl_cli.analysis import audit_check, kinds
 from saerl_cli.analysis.attribution import moved
+from saerl_cli.analysis.audit import classify
 from saerl_cli.config import typed
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.reward import RewardConfig, RewardKind, RewardPart
-from saerl_cli.report import audit as report
+from saerl_cli.jobs import audit as job
 from saerl_cli.run.directory import Run
 from saerl_cli.sae.files import load_sae, save_sae
 
@@ -33,11 +33,11 @@ def configured(policy: Path | str, *overrides: str) -> AuditConfig:
 
 def audited(policy: Path, path: Path, *overrides: str) -> dict:
     config = configured(policy, *overrides)
-    audit_check.check(config)
+    job.check(config)
     path.mkdir(exist_ok=True)
     run = Run(path)
     run.start("audit", "saerl audit", config.seed)
-    report.work(config, run, Accelerator(cpu=True))
+    job.work(config, run, Accelerator(cpu=True))
     run.end("completed")
     return json.loads((path / "audit.json").read_text())
 
@@ -106,7 +106,7 @@ def test_what_was_drawn_is_there_as_numbers(found):
 
 def test_a_peer_is_compared(found, policy, peer):
     from saerl_cli.adapter.files import read_deltas
-    from saerl_cli.analysis.audit import spearman
+    from saerl_cli.analysis.audit.agreement import spearman
 
     (numbers,) = json.loads((found / "audit.json").read_text())["peers"]
     own, other = read_deltas(policy / "adapter"), read_deltas(peer / "adapter")
@@ -122,7 +122,7 @@ def test_killed_and_run_again_it_ends_with_the_same_numbers(found, policy, peer,
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "variants.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
     drawn = []
-    from saerl_cli.analysis.audit import Variants
+    from saerl_cli.analysis.audit.variants import Variants
 
     rewards = Variants._rewards
     monkeypatch.setattr(Variants, "_rewards", lambda self: drawn.append(1) or rewards(self))
@@ -145,7 +145,7 @@ def changed(source: Path, target: Path, **keys) -> Path:
 def test_what_cannot_be_audited_is_refused(policy, peer, saes, tmp_path):
     def refused(message: str, path: Path, *words: str) -> None:
         with pytest.raises(ValueError, match=message) as caught:
-            audit_check.check(configured(path, *words))
+            job.check(configured(path, *words))
         assert "\n" not in str(caught.value)
 
     refused("is not a run directory", tmp_path)
@@ -190,7 +190,7 @@ def test_a_policy_that_has_not_moved_is_refused(policy, tmp_path):
     file = still / "adapter" / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(t) for name, t in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="all coefficients of .* are untouched: there is nothing to revert"):
-        audit_check.check(configured(still))
+        job.check(configured(still))
 
 
 @pytest.mark.parametrize(
@@ -248,10 +248,10 @@ class Words:
         return len(self.vocabulary)
 
 
-def fired(pairs: list[tuple[int, int, float]], rows: list[list[int]], features: int) -> kinds.Firing:
+def fired(pairs: list[tuple[int, int, float]], rows: list[list[int]], features: int) -> classify.Firing:
     rows_ = torch.tensor(rows)
     token, feature, value = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    return kinds.Firing(rows_, rows_ != 0, token, feature, value.float(), torch.ones(features))
+    return classify.Firing(rows_, rows_ != 0, token, feature, value.float(), torch.ones(features))
 
 
 def test_kinds_by_hand():
@@ -260,13 +260,13 @@ def test_kinds_by_hand():
     pairs = [(1, 0, 2.0), (9, 0, 1.0), (10, 0, 0.5), (0, 1, 1.0), (8, 1, 1.0), (3, 2, 1.0), (7, 3, 1.0), (6, 4, 1.0)]
     pairs += [(2, 5, 1.0), (0, 5, 1.0), (3, 5, 1.0)]
     found = fired(pairs, rows, 7)
-    names = kinds.token_kinds(found, Words(), [1])
+    names = classify.token_kinds(found, Words(), [1])
     assert names[:5] == ["rewarded", "function word", "punctuation", "number", "newline"]
     assert names[5] in ("mixed", "position") and names[6] == "silent"
-    places = kinds.places(found, [1])
+    places = classify.places(found, [1])
     # damn follows 2 of 14 tokens, and 1 of the 3 on which feature 5 fires: 2.3 times as often.
     assert places == ["on", "before", "elsewhere", "elsewhere", "elsewhere", "before", "elsewhere"]
-    assert kinds.fires_on(found, Words(), [0]) == {0: ["damn", "film"]}
+    assert classify.fires_on(found, Words(), [0]) == {0: ["damn", "film"]}
     dense = found.dense(range(1, 3))
     assert dense.shape == (14, 2) and dense.nonzero().tolist() == [[0, 0], [3, 1], [8, 0]]
 
@@ -276,13 +276,13 @@ def test_position_is_a_correlation_with_the_log_of_the_place():
     place = torch.arange(1, 10).double().log().repeat(4)
     pairs = [(i, 0, float(v)) for i, v in enumerate(place) if v > 0] + [(i, 1, 1.0) for i in range(36)]
     found = fired(pairs, rows, 2)
-    assert kinds.position_correlation(found, Words()).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
-    assert kinds.token_kinds(found, Words(), []) == ["position", "other word"]
+    assert classify.position_correlation(found, Words()).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert classify.token_kinds(found, Words(), []) == ["position", "other word"]
 
 
 def test_words_that_earn_something():
     def tokens(**part) -> list[int]:
-        return kinds.rewarded_tokens(RewardConfig({"x": RewardPart(**part)}), Words())
+        return classify.rewarded_tokens(RewardConfig({"x": RewardPart(**part)}), Words())
 
     assert tokens(kind=RewardKind.planted, attribute="cursing") == [1]
     assert tokens(kind=RewardKind.lexicon, words={"Film": 1.0, "damn": -1.0}) == [1, 6]
@@ -301,14 +301,14 @@ def test_directions_are_weighed_against_the_vocabulary(policy, saes):
 
     loaded = load_policy(policy)
     coefficients = moved(loaded.model)
-    z = kinds.writes(loaded, coefficients, [5, 9])
+    z = classify.writes(loaded, coefficients, [5, 9])
     sae = load_sae(tiny_sae(saes, "mlp_out.1"))
     base = loaded.model.get_base_model()
     for i in (64, 100):
         effect = logit_effect(base, "gpt_neox.layers.1.mlp", sae.W_dec[int(coefficients.feature[i])]).double()
         want = (effect[[5, 9]].mean() - effect.mean()) / effect.std(correction=0)
         assert float(z[i]) == pytest.approx(float(want), rel=1e-3)
-    assert kinds.direction_names(torch.tensor([1.2, -1.0, 0.4])) == ["towards", "away", "neither"]
+    assert classify.direction_names(torch.tensor([1.2, -1.0, 0.4])) == ["towards", "away", "neither"]
 
 
 def test_effects_are_what_features_write(policy):
@@ -318,7 +318,7 @@ def test_effects_are_what_features_write(policy):
     loaded = load_policy(policy)
     coefficients = moved(loaded.model)
     rows = torch.randint(3, 200, (4, 20), generator=torch.Generator().manual_seed(0))
-    found = kinds.firing(loaded, coefficients, rows)
+    found = classify.firing(loaded, coefficients, rows)
     assert int(found.text.sum()) == 80
     layer = site_layers(loaded.model)["mlp_out.1"]
     outputs = []
@@ -336,13 +336,13 @@ def test_effects_are_what_features_write(policy):
 
 def test_roles():
     graded = [("cursing", 0.9), ("after_cursing", 0.6), ("polite", 0.8), ("cursing", 0.2)]
-    assert kinds.roles(graded, {"cursing"}, 0.5) == ["rewarded", "after rewarded", "other", "unassigned"]
+    assert classify.roles(graded, {"cursing"}, 0.5) == ["rewarded", "after rewarded", "other", "unassigned"]
 
 
 def test_a_policy_that_may_not_be_written_to_is_audited_all_the_same(monkeypatch, capsys, tmp_path):
     def denied(path, value):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(report, "write_json", denied)
-    report.leave_beside(tmp_path, {})
+    monkeypatch.setattr(job, "write_json", denied)
+    job.leave_beside(tmp_path, {})
     assert "has no audit.json for its report: Permission denied" in capsys.readouterr().err

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from saerl_cli import cli
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.sae import Architecture
+from saerl_cli.jobs import eval_sae
 from saerl_cli.report import saes as report
+from saerl_cli.report import text
 from saerl_cli.run.files import read_json, write_json
 from saerl_cli.sae import evaluate
 from saerl_cli.sae.autoencoder import SAE
@@ -167,7 +169,7 @@ def test_a_transcoder_is_measured_at_what_it_predicts(run, tmp_path):
     save_sae(exact, tmp_path / "run" / "sae" / "transcoder")
     shutil.copytree(run / ".hydra", tmp_path / "run" / ".hydra")
     config = EvalSaeConfig(saes=str(tmp_path / "run"), eval_tokens=500, probe_tokens=1500, controls=True)
-    evaluate.check(config)
+    eval_sae.check(config)
     found = evaluate.evaluate(config, torch.device("cpu"))
     numbers = found.saes["transcoder"]
     assert (numbers["site"], numbers["target"], numbers["d_in"]) == ("mlp_hidden.1", "mlp_out.1", 128)
@@ -178,7 +180,7 @@ def test_a_transcoder_is_measured_at_what_it_predicts(run, tmp_path):
     exact.target = "mlp_hidden.1"  # another width
     save_sae(exact, tmp_path / "run" / "sae" / "transcoder")
     with pytest.raises(ValueError, match="has d_out=32, but mlp_hidden.1 128"):
-        evaluate.check(config)
+        eval_sae.check(config)
 
 
 # --- what is found ---------------------------------------------------------------------------------------------------
@@ -270,7 +272,7 @@ def test_refused_before_any_work(words, here, monkeypatch, capfd):
     if callable(needs):
         needs(here)
     elif needs == "default_model":  # another planted model, without training it
-        monkeypatch.setattr(evaluate, "known_sha256", lambda model: "1" * 64)
+        monkeypatch.setattr(eval_sae, "known_sha256", lambda model: "1" * 64)
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr("sys.argv", ["saerl", "eval-sae", *words.split()])
     with pytest.raises(SystemExit) as end:
@@ -287,7 +289,7 @@ def test_a_check_imports_no_torch(here, saerl):
     import subprocess
 
     code = (
-        "import sys; from saerl_cli.config.eval_sae import EvalSaeConfig; from saerl_cli.sae.evaluate import check;"
+        "import sys; from saerl_cli.config.eval_sae import EvalSaeConfig; from saerl_cli.jobs.eval_sae import check;"
         "check(EvalSaeConfig(saes='saes', controls=True)); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
@@ -329,11 +331,11 @@ def test_names_cannot_break_the_page_or_the_figures(run, tmp_path):
 
 
 def test_columns_are_aligned():
-    lines = report.aligned([["SAE", "site", "kind", "L0"], ["a", "mlp_out.1", "topk", "8.0 ± 0.1"]]).splitlines()
+    lines = text.aligned([["SAE", "site", "kind", "L0"], ["a", "mlp_out.1", "topk", "8.0 ± 0.1"]]).splitlines()
     assert lines == ["SAE  site       kind         L0", "a    mlp_out.1  topk  8.0 ± 0.1"]
-    assert report.cell({"l0": 8.04, "l0_se": 0.11}, "l0", "{:.1f}") == "8.0 ± 0.1"
-    assert report.cell({"dead": 0.25}, "dead", "{:.1%}") == "25.0%"
-    assert report.cell({}, "dead", "{:.1%}") == "–"
+    assert text.cell({"l0": 8.04, "l0_se": 0.11}, "l0", "{:.1f}") == "8.0 ± 0.1"
+    assert text.cell({"dead": 0.25}, "dead", "{:.1%}") == "25.0%"
+    assert text.cell({}, "dead", "{:.1%}") == "–"
 
 
 def test_points_of_a_frontier_keep_controls_at_the_site_of_their_sae():

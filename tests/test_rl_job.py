@@ -12,10 +12,9 @@ from rl_fixtures import tiny_sae
 from saerl_cli.config import typed
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.jobs import evaluate as evaluate_job
 from saerl_cli.jobs import rlhf as job
 from saerl_cli.models import folder_sha256
-from saerl_cli.report import frontier
-from saerl_cli.rl.evaluation import evaluate as evaluate_job
 from saerl_cli.run.directory import Run
 
 TINY = {"documents": 400, "hidden_size": 32, "layers": 2, "heads": 2, "context_size": 64, "steps": 60, "batch_size": 16}
@@ -147,7 +146,7 @@ def test_the_checks_import_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, saerl_cli.jobs.rlhf, saerl_cli.rl.evaluation.evaluate; sys.exit('torch' in sys.modules)"
+    code = "import sys, saerl_cli.jobs.rlhf, saerl_cli.jobs.evaluate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
@@ -354,7 +353,7 @@ def evaluate(policy: Path, path: Path, *overrides: str) -> dict:
     path.mkdir(exist_ok=True)
     run = Run(path)
     run.start("evaluate", "saerl evaluate", config.seed)
-    frontier.work(config, run, Accelerator(cpu=True))
+    evaluate_job.work(config, run, Accelerator(cpu=True))
     run.end("completed")
     return run.read_summary()
 

@@ -13,8 +13,8 @@ from saerl_cli.config import typed
 from saerl_cli.config.train_reward import TooLong, TrainRewardConfig
 from saerl_cli.data.pairs import Pair, read_pairs
 from saerl_cli.jobs import train_reward as reward_job
-from saerl_cli.jobs.train_reward import encode_pairs
 from saerl_cli.rewards.calibration import preference_numbers, reliability, wilson
+from saerl_cli.rl.reward_model.rows import encode_pairs
 from saerl_cli.run.directory import Run
 
 SMALL = {

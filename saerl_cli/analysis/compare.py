@@ -1,4 +1,4 @@
-"""Methods at equal KL: what `analysis/measured.py` finds, sorted into methods, their gains with intervals over seeds.
+"""Methods at equal KL: evaluations sorted into methods, their gains with intervals over seeds.
 
 Reads run directories only; imports no torch.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from saerl_cli.analysis.evaluations import Chosen, Evaluation
 from saerl_cli.analysis.frontier import (
     Estimate,
     Interval,
@@ -20,9 +21,10 @@ from saerl_cli.analysis.frontier import (
     ratio_interval,
     t_interval,
 )
-from saerl_cli.analysis.measured import Evaluation
+from saerl_cli.analysis.limits import Limits, curves, limits_of, mean_curves
 from saerl_cli.config.compare import CompareConfig
-from saerl_cli.run.files import read_json
+from saerl_cli.rl.evaluation.base import FILE
+from saerl_cli.run.files import read_json, read_jsonl
 
 KIND = "adapter.kind"
 IGNORED = ("seed", "launch.", "evaluation.", "checkpoint_every", "snapshots")
@@ -189,6 +191,72 @@ def difference_of(method: Method, baseline: Method, own: Sequence[float], theirs
         return difference_interval(own, theirs)
     known = dict(zip(others, theirs, strict=True))
     return paired_interval(own, [known[unit] for unit in units])
+
+
+# --- the comparison -------------------------------------------------------------------------------------------------
+
+
+def comparison(chosen: Chosen, config: CompareConfig) -> tuple[list[Method], dict[str, Any]]:
+    """Compare: the methods, and the numbers of summary.json."""
+    evaluations, methods = chosen.evaluations, methods_of(chosen.evaluations, config)
+    baseline = baseline_of(methods, config.baseline)
+    groups = {group: [e for e in evaluations if e.group == group] for group in sorted({e.group for e in evaluations})}
+    limits = {group: found for group, members in groups.items() if (found := best_limits(members))}
+    optima = {group: limit.optimum for group, limit in limits.items()}
+    facts = {method.name: facts_of(method) for method in methods}
+    rows = [
+        row(method, kl, baseline, optima)
+        | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero", "measured")}
+        for kl in config.kls or common_kls(methods)
+        for method in methods
+    ]
+    bases = [members[0].summary["reward_base"] for members in groups.values()]
+    reach = max(evaluation.reach for evaluation in evaluations)
+    numbers = {
+        "reward_base": sum(bases) / len(bases),
+        "baseline": baseline and baseline.name,
+        "methods": facts,
+        "table": rows,
+        "note": chosen.note,
+        "left_out": chosen.left_out,
+        "groups": len(groups),
+        "measured": [members[0].summary["measured"] for members in groups.values()],
+        **mean_curves([curves(found, reach) for found in limits.values()]),
+    }
+    return methods, numbers
+
+
+def best_limits(evaluations: Sequence[Evaluation]) -> Limits | None:
+    """The limits from the run with the most base samples: they share model, reward and prompts."""
+    drawn = [read_jsonl(evaluation.path / FILE) for evaluation in evaluations]
+    return limits_of(max(drawn, key=lambda lines: len(lines[0]["rewards"]) if lines else 0))
+
+
+def facts_of(method: Method) -> dict[str, Any]:
+    """A method's runs and final policies, as plain data."""
+    last = [run.summary["frontier"][-1] for run in method.runs]
+    nonzero = [point["nonzero"] for point in last if "nonzero" in point]
+    gain, kl = t_interval([point["gain"] for point in last]), t_interval([point["kl_exact"] for point in last])
+    cost = costs(method)
+    return {
+        "adapter": method.runs[0].summary["adapter"],
+        "measured": measured_as(method),
+        "runs": [str(run.path) for run in method.runs],
+        "seeds": [run.settings.get("seed") for run in method.runs],
+        "trainable_parameters": method.runs[0].summary["trainable_parameters"],
+        "nonzero": sum(nonzero) / len(nonzero) if nonzero else None,
+        "gain": gain.mean,
+        "gain_half": gain.half,
+        "kl": kl.mean,
+        "kl_half": kl.half,
+        "seconds": cost["seconds"],
+        "peak_memory_mib": cost["peak_memory_bytes"] and cost["peak_memory_bytes"] / 2**20,
+    }
+
+
+def measured_as(method: Method) -> str | None:
+    """`final policy` where a run of the method is a single point that training measured; None else."""
+    return "final policy" if any(run.final for run in method.runs) else None
 
 
 COSTS = ("seconds", "peak_memory_bytes")

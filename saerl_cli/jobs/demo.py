@@ -139,12 +139,10 @@ def result(trained: Stage, evaluated: Stage) -> dict[str, Any]:
 
 def write_report(out: Path) -> Path:
     """The page of the whole demo."""
-    from saerl_cli.report.collect import describe_features
-    from saerl_cli.report.page import write_report as write
+    from saerl_cli.jobs.report import report
 
     say("report")
-    describe_features([out])
-    return write([out], out / "report.html")
+    return report([out], describe=True)
 
 
 def show(results: dict[str, dict[str, Any]], report: Path, seconds: float) -> None:

@@ -1,25 +1,16 @@
-"""`saerl audit`: the numbers of `saerl_cli.analysis.audit_job` as files, figures, a table and a few sentences.
+"""An audit as files, figures, a table and a few sentences.
 
-audit.json          everything (keys: `saerl_cli.analysis.audit`); also copied to the policy's run directory
-summary.json        the headline
-variants.jsonl      rewards of every variant, so that an audit that was killed goes on
 reverts.csv         a line a feature that was reverted
 attribution.csv     what attribution.svg and .png show beside reverts.csv
 keep_only.csv       what keep_only.svg and .png show
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.analysis.audit_job import audit
-from saerl_cli.config.audit import AuditConfig
 from saerl_cli.report import figures
-from saerl_cli.report.saes import aligned
-from saerl_cli.run.directory import Run
-from saerl_cli.run.files import write_json
-from saerl_cli.run.progress import say
+from saerl_cli.report.text import aligned
 
 COLUMNS = (
     ("attributed", "attribution", "{:.3f}"),
@@ -36,50 +27,6 @@ TITLES = {
 """Shares that are drawn: key -> words."""
 
 Numbers = dict[str, Any]
-
-
-def work(config: AuditConfig, run: Run, accelerator: Any) -> float:
-    """Audit, write the files, print table and finding; returns the number of features behind 90 % of the gain."""
-    start = time.monotonic()
-    numbers = audit(config, run, accelerator.device)
-    run.update(inputs={**run.record.get("inputs", {}), "peers": config.peers})
-    write_json(run.path / "audit.json", numbers)
-    leave_beside(Path(config.policy), numbers)
-    write_figures(run.path, numbers)
-    print(aligned(table(numbers), words=2), flush=True)
-    for line in finding(numbers):
-        say(line)
-    run.summary({**headline(numbers), "seconds": round(time.monotonic() - start, 1)})
-    return float((numbers["needed"]["90"] or {"n": numbers["features"]["moved"]})["n"])
-
-
-def leave_beside(policy: Path, numbers: Numbers) -> None:
-    """Copy audit.json into the policy's run directory, where its report looks; a folder of others may not allow it."""
-    try:
-        write_json(policy / "audit.json", numbers)
-    except OSError as error:
-        say(f"WARNING: {policy} has no audit.json for its report: {error.strerror}")
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def headline(numbers: Numbers) -> Numbers:
-    """The numbers of summary.json."""
-    gain, side = numbers["gain"], numbers["side_effects"]
-    found: Numbers = {key: gain[key] for key in ("gain", "gain_se", "kl", "kl_se", "loss_increase", "loss_increase_se")}
-    found |= {"features": numbers["features"]["total"], "moved": numbers["features"]["moved"]}
-    found |= {f"n{percent}": entry and entry["n"] for percent, entry in numbers["needed"].items()}
-    ninety = numbers["needed"]["90"] or {}
-    found |= {f"n90_{key}": ninety.get(key) for key in ("low", "high", "random", "random_se", "matched", "matched_se")}
-    for group, name in (("by_role", "rewarded"), ("by_place", "on"), ("by_place", "before")):
-        if group in numbers["shares"]:
-            entry = numbers["shares"][group].get(name, {"share": 0.0, "share_se": 0.0})
-            found |= {f"share_{name}": entry["share"], f"share_{name}_se": entry["share_se"]}
-    found["agreement"] = [peer["delta"] for peer in numbers["peers"]]
-    full = side["full"]
-    found |= {key: full[key] for key in ("kl_per_gain", "loss_per_gain", "ratio", "ratio_by_chance") if key in full}
-    return found | {key: numbers[key] for key in ("policy", "adapter", "completeness")}
 
 
 def write_figures(folder: Path, numbers: Numbers) -> None:
@@ -107,6 +54,11 @@ def write_figures(folder: Path, numbers: Numbers) -> None:
 def name_of(row: Numbers) -> str:
     """SITE:FEATURE."""
     return f"{row['site']}:{row['feature']}"
+
+
+def print_table(numbers: Numbers) -> None:
+    """Print a line a feature that was reverted."""
+    print(aligned(table(numbers), words=2), flush=True)
 
 
 def table(numbers: Numbers) -> list[list[str]]:

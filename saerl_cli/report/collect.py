@@ -1,7 +1,7 @@
 """Finding and reading the runs of a report: whatever is there, and in words what is not.
 
 Nothing here raises for a run that failed, is running, or was written by another version: a page that says what is
-missing is worth more than none. Runs are only read: describing features, which writes into them, is asked for apart.
+missing is worth more than none. Runs are only read.
 """
 
 from collections.abc import Callable, Sequence
@@ -198,22 +198,6 @@ def lacks_features(run: Found) -> bool:
     """Whether a finished run has coefficients whose features nobody has described."""
     coefficients = any(key in run.summary for key in COEFFICIENT_KEYS) and (run.path / "adapter").is_dir()
     return run.job == POLICY and coefficients and not run.features
-
-
-def describe_features(paths: Sequence[Path]) -> None:
-    """Write features.json into the coefficient runs in these folders that have none, some seconds each.
-
-    A run whose features cannot be described is left as it is; its page will say that they are missing.
-    """
-    from saerl_cli.analysis.features import describe_run
-    from saerl_cli.run.progress import say
-
-    for folder in dict.fromkeys(folder for path in paths for folder in run_folders(path)):
-        if lacks_features(read(folder)):
-            try:
-                describe_run(folder)
-            except ValueError as error:
-                say(f"{folder}: features not described: {' '.join(str(error).split())}")
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,7 @@
-"""`saerl features`: what `saerl_cli.analysis.features` finds, as a table, files and one self-contained page.
+"""Features as a table, files and one self-contained page.
 
-features.json     {features: [...], sites: {SITE: {...}}, deltas: {SITE: [...]}}
-labels.json       {SITE: {FEATURE: label}}: edit it and hand it back as labels=FILE or adapter.features.labels=FILE
 features.html     a card a feature
 histograms.csv    a line a bin of every feature's activations
-densities.safetensors    share of tokens on which each feature fires, [d_sae] by site
-neuronpedia/      files in Neuronpedia's batch format, where asked for
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +11,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from saerl_cli.analysis.features.neuronpedia import write_batches
-from saerl_cli.analysis.features_job import Found, find
+from saerl_cli.analysis.features.find import Found
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.report import figures
-from saerl_cli.report.saes import aligned, style
-from saerl_cli.run.directory import Run, versions
-from saerl_cli.run.files import write_json, write_safetensors, write_text
-from saerl_cli.run.progress import say
+from saerl_cli.report.saes import style
+from saerl_cli.report.text import aligned
+from saerl_cli.run.directory import versions
+from saerl_cli.run.files import write_text
 
 MOST_CARDS = 400
 """Features on the page; all are in features.json."""
@@ -32,56 +27,15 @@ HISTOGRAM = (220, 44)
 """Width and height of the drawings on a card."""
 
 
-def work(config: FeaturesConfig, run: Run) -> None:
-    """Describe the features, print the table, write the files."""
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
-    found = find(config, device)
-    run.update(inputs=found.inputs)
-    write_files(found, config, run.path)
-    run.summary(summary(found, config))
-    print(aligned(table(found.features), words=3), flush=True)
-    for line in notes(found):
-        say(line)
-
-
-def write_files(found: Found, config: FeaturesConfig, folder: Path) -> None:
-    """Everything but summary.json."""
-    deltas = {site: [round(float(d), 6) for d in delta] for site, delta in found.bench.deltas.items()}
-    densities = {site: census.density.float().cpu() for site, census in found.bench.censuses.items()}
-    kept = [{key: value for key, value in one.items() if key != "neuronpedia"} for one in found.features]
-    write_json(folder / "features.json", {"features": kept, "sites": found.sites, "deltas": deltas})
-    write_json(folder / "labels.json", found.labels)
-    figures.write_csv(folder / "histograms.csv", histogram_rows(found.features))
-    write_safetensors(folder / "densities.safetensors", densities)
+def write_page(found: Found, config: FeaturesConfig, folder: Path) -> None:
+    """Write features.html and histograms.csv."""
     write_text(folder / "features.html", page(found, config))
-    if config.neuronpedia:
-        data, rows = found.bench.plan.data, found.bench.text.rows
-        facts = {
-            "model_id": Path(found.inputs["model"]["name"]).name,
-            "sae_set": "saerl",
-            "dataset": data.name or data.path or data.kind.value,
-            "prompts": len(rows),
-            "tokens_in_prompt": rows.shape[1],
-        }
-        write_batches(folder / "neuronpedia", found.features, found.sites, facts)
+    figures.write_csv(folder / "histograms.csv", histogram_rows(found.features))
 
 
-def summary(found: Found, config: FeaturesConfig) -> dict[str, Any]:
-    """The numbers of summary.json."""
-    keys = ("site", "feature", "label", "label_from", "delta", "effect", "density", "attribute", "f1", "auroc")
-    scored = [one["explanation"]["score"] for one in found.features if "score" in one.get("explanation", {})]
-    numbers: dict[str, Any] = {
-        "features": len(found.features),
-        "silent": sum(one["peak"] <= 0 for one in found.features),
-        "tokens": next(iter(found.sites.values()))["tokens"],
-        "policy": config.policy,
-        "saes": config.saes,
-        "sites": found.sites,
-        "top_features": [{key: one[key] for key in keys if key in one} for one in found.features[:100]],
-    }
-    return numbers | ({"explanation_score": sum(scored) / len(scored)} if scored else {})
+def print_table(features: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line a feature."""
+    print(aligned(table(features), words=3), flush=True)
 
 
 def histogram_rows(features: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

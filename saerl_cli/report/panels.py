@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saerl_cli.analysis.compare import Method, by_seed, mean_curve
-from saerl_cli.analysis.measured import Evaluation
+from saerl_cli.analysis.evaluations import Evaluation
 from saerl_cli.report.collect import POLICY, Found, owner
 from saerl_cli.report.content import FEW, cleaned, number, thin
 from saerl_cli.rl.evaluation.base import difference

@@ -1,13 +1,10 @@
-"""`saerl eval-sae`: the numbers of `saerl_cli.sae.evaluate` as a table, figures and one self-contained page.
+"""Metrics of SAEs as a table, figures and one self-contained page.
 
-summary.json   {saes: {name: metrics}, controls: {name/control: metrics}, stability: [...], probes: {...}}
 table.csv      a line an SAE and a control, a column a metric
 figures/       SVG, and the numbers drawn as CSV
 report.html    table and figures
-firing_rates.safetensors    share of tokens on which each feature fires, [d_sae] by name
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,10 @@ from jinja2 import Environment, FileSystemLoader
 
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.report import figures
-from saerl_cli.run.directory import Run, versions
-from saerl_cli.run.files import write_safetensors, write_text
-from saerl_cli.run.processes import Team
-from saerl_cli.run.progress import say
-from saerl_cli.sae.evaluate import Evaluated, evaluate
+from saerl_cli.report.text import aligned, cell
+from saerl_cli.run.directory import versions
+from saerl_cli.run.files import write_text
+from saerl_cli.sae.evaluate import Evaluated
 
 COLUMNS = (
     ("site", "site", "{}"),
@@ -39,26 +35,6 @@ WORDS = 3
 
 Metrics = dict[str, dict[str, Any]]
 """Metrics by name of an SAE, or of a control."""
-
-
-def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
-    """Measure, print the table, write the numbers, the figures and the page; returns the mean FVU of the SAEs."""
-    start = time.monotonic()
-    found = evaluate(config, accelerator.device, Team(accelerator.process_index, accelerator.num_processes))
-    mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
-    if not run.writes:
-        return mean_fvu
-    run.update(inputs=found.inputs)
-    print(aligned(table(found.saes)), flush=True)
-    if found.controls:
-        print("\n" + aligned(table(found.controls)), flush=True)
-    for line in warnings(found.saes, found.controls):
-        say(line)
-    write_results(found, run.path, config)
-    write_safetensors(run.path / "firing_rates.safetensors", found.firing_rates)
-    parts = {key: getattr(found, key) for key in ("saes", "controls", "stability", "probes")}
-    run.summary({"fvu_mean": mean_fvu, "seconds": round(time.monotonic() - start, 1), **parts})
-    return mean_fvu
 
 
 def write_results(found: Evaluated, folder: Path, config: EvalSaeConfig) -> None:
@@ -91,29 +67,19 @@ def write_results(found: Evaluated, folder: Path, config: EvalSaeConfig) -> None
 
 def table(rows: Metrics) -> list[list[str]]:
     """A heading and a line an SAE, as text."""
-    return [
-        ["SAE", *(heading for heading, _, _ in COLUMNS)],
-        *([name, *(cell(metrics, key, form) for _, key, form in COLUMNS)] for name, metrics in rows.items()),
-    ]
+    lines = [["SAE", *(heading for heading, _, _ in COLUMNS)]]
+    for name, metrics in rows.items():
+        transcodes = metrics.get("target", metrics.get("site")) != metrics.get("site")
+        shown = metrics | ({"site": f"{metrics['site']} > {metrics['target']}"} if transcodes else {})
+        lines.append([name, *(cell(shown, key, form) for _, key, form in COLUMNS)])
+    return lines
 
 
-def cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
-    """A number, with its standard error where there is one."""
-    if metrics.get(key) is None:
-        return "–"
-    if key == "site" and metrics["target"] != metrics["site"]:
-        return f"{metrics['site']} > {metrics['target']}"
-    text, error = form.format(metrics[key]), metrics.get(f"{key}_se")
-    return text if error is None else f"{text} ± {form.format(error)}"
-
-
-def aligned(lines: Sequence[Sequence[str]], words: int = WORDS) -> str:
-    """Columns below each other: the first `words` flush left, numbers flush right."""
-    columns = []
-    for index, column in enumerate(zip(*lines, strict=True)):
-        width = max(map(len, column))
-        columns.append([text.ljust(width) if index < words else text.rjust(width) for text in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+def print_tables(found: Evaluated) -> None:
+    """Print the SAEs, then their controls."""
+    print(aligned(table(found.saes), WORDS), flush=True)
+    if found.controls:
+        print("\n" + aligned(table(found.controls), WORDS), flush=True)
 
 
 def warnings(saes: Metrics, controls: Metrics) -> list[str]:

@@ -2,14 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf.errors import OmegaConfBaseException
 
 from saerl_cli.config import typed
-from saerl_cli.config.adapter import AdapterKind
+from saerl_cli.config.adapter import COEFFICIENTS, AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_config(run_path: Path | str) -> RlhfConfig:
@@ -29,6 +33,38 @@ def run_config(run_path: Path | str) -> RlhfConfig:
         return typed(Run(path).settings, RlhfConfig)
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} is not a config of `saerl rlhf`: {str(error).splitlines()[0]}") from None
+
+
+def coefficient_run(run_path: Path | str) -> RlhfConfig:
+    """The settings of a finished run with coefficients of SAE features.
+
+    Raises:
+        ValueError: it is no run of that kind, or has not finished.
+    """
+    config = run_config(run_path)
+    if config.adapter.kind not in COEFFICIENTS:
+        raise ValueError(
+            f"{run_path} trained adapter={config.adapter.kind.value}, which has no coefficients of features; give a run"
+            " of `saerl rlhf --sparse-coeffs` or of adapter=random_dictionary"
+        )
+    run = Run(run_path)
+    if run.status != "completed":
+        status = run.status or "not finished"
+        raise ValueError(f"{run_path} is {status}; repeat its command to finish it first: {run.record.get('command')}")
+    return config
+
+
+def deltas_of(run_path: Path | str, config: RlhfConfig) -> "dict[str, Tensor]":
+    """Site -> delta of every feature of a run, [d_sae].
+
+    Raises:
+        ValueError: the run has not finished, or its SAEs are not what and where they were.
+    """
+    from saerl_cli.adapter.files import check_adapter, read_deltas
+
+    folder = policy_folder(run_path, config)
+    check_adapter(folder)
+    return read_deltas(folder)
 
 
 def policy_folder(run_path: Path | str, config: RlhfConfig) -> Path:

@@ -1,4 +1,4 @@
-"""What each command runs, named by string so that nothing heavy is imported before it is needed."""
+"""What each command runs, named by rule so that nothing heavy is imported before it is needed."""
 
 import importlib
 from dataclasses import dataclass
@@ -11,55 +11,40 @@ class Job:
 
     schema: str
     """Dataclass of its settings, `module:name`."""
-    check: str
-    """`check(config) -> None`: raises `ValueError` for what cannot work, before anything is written."""
-    work: str
-    """`work(config, run, accelerator) -> float`, in every rank; `work(config, run)` when nothing is launched. The
-    float is what a sweeper optimises."""
+    module: str
+    """Has `check` and `work`."""
     launches: bool = True
     """Whether the work is done by worker processes."""
 
+    @property
+    def check(self) -> str:
+        """`check(config) -> None`: raises `ValueError` for what cannot work, before anything is written."""
+        return f"{self.module}:check"
 
-JOBS = {
-    "demo": Job(
-        "saerl_cli.config.demo:DemoConfig", "saerl_cli.jobs.demo:check", "saerl_cli.jobs.demo:work", launches=False
-    ),
-    "train_lm": Job(
-        "saerl_cli.config.train_lm:TrainLmConfig", "saerl_cli.jobs.train_lm:check", "saerl_cli.jobs.train_lm:work"
-    ),
-    "train_sae": Job(
-        "saerl_cli.config.train_sae:TrainSaeConfig", "saerl_cli.jobs.train_sae:check", "saerl_cli.jobs.train_sae:work"
-    ),
-    "eval_sae": Job(
-        "saerl_cli.config.eval_sae:EvalSaeConfig", "saerl_cli.sae.evaluate:check", "saerl_cli.report.saes:work"
-    ),
-    "train_reward": Job(
-        "saerl_cli.config.train_reward:TrainRewardConfig",
-        "saerl_cli.jobs.train_reward:check",
-        "saerl_cli.jobs.train_reward:work",
-    ),
-    "rlhf": Job("saerl_cli.config.rlhf:RlhfConfig", "saerl_cli.jobs.rlhf:check", "saerl_cli.jobs.rlhf:work"),
-    "evaluate": Job(
-        "saerl_cli.config.evaluate:EvaluateConfig",
-        "saerl_cli.rl.evaluation.evaluate:check",
-        "saerl_cli.report.frontier:work",
-    ),
-    "features": Job(
-        "saerl_cli.config.features:FeaturesConfig",
-        "saerl_cli.analysis.features_job:check",
-        "saerl_cli.report.features:work",
-        launches=False,
-    ),
-    "audit": Job(
-        "saerl_cli.config.audit:AuditConfig", "saerl_cli.analysis.audit_check:check", "saerl_cli.report.audit:work"
-    ),
-    "compare": Job(
-        "saerl_cli.config.compare:CompareConfig",
-        "saerl_cli.report.compare:check",
-        "saerl_cli.report.compare:work",
-        launches=False,
-    ),
-}
+    @property
+    def work(self) -> str:
+        """`work(config, run, accelerator) -> float`, in every rank; `work(config, run)` when nothing is launched.
+
+        The float is what a sweeper optimises.
+        """
+        return f"{self.module}:work"
+
+
+COMMANDS = (
+    *("demo", "train_lm", "train_sae", "eval_sae", "train_reward"),
+    *("rlhf", "evaluate", "features", "audit", "compare"),
+)
+HERE = ("demo", "features", "compare")
+"""Those that start no worker processes."""
+
+
+def job_of(name: str) -> Job:
+    """The job of a command: train_sae has `config.train_sae:TrainSaeConfig` and `jobs.train_sae`."""
+    schema = f"saerl_cli.config.{name}:{name.title().replace('_', '')}Config"
+    return Job(schema, f"saerl_cli.jobs.{name}", launches=name not in HERE)
+
+
+JOBS = {name: job_of(name) for name in COMMANDS}
 """By the name of the command's root config in `conf/`."""
 
 

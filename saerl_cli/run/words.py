@@ -1,5 +1,6 @@
 """The words of a command line: flags and overrides, sweeps, and `site=` for any place in the model."""
 
+import glob
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,21 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if waiting and (word in ONE_VALUE or word in MAYBE_A_VALUE):
             flags.append(waiting.pop(0))
     return flags, overrides
+
+
+def with_folders(words: Sequence[str], key: str) -> list[str]:
+    """Words in which folders that are named without a key have become `key=[...]`.
+
+    Raises:
+        ValueError: a folder that is not there, or an unknown flag.
+    """
+    flags, overrides = split_words(words)
+    folders = [word for word in overrides if "=" not in word and not word.startswith("~")]
+    for folder in folders:
+        if not glob.glob(folder) and not Path(folder).exists():
+            raise ValueError(f"there is no folder {folder}")
+    named = [f"{key}={quoted_list(','.join(folders))}"] if folders else []
+    return [*flags, *named, *(word for word in overrides if word not in folders)]
 
 
 def sweep_points(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ from saerl_cli.config import typed
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
-from saerl_cli.models import Loaded, Site, context_size, describe, known_sha256, resolve_sites
+from saerl_cli.models import Loaded, Site, resolve_sites
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.processes import ALONE, Team
@@ -95,30 +95,6 @@ def recorded_settings(sae: Path) -> dict[str, Any]:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check(config: EvalSaeConfig) -> None:
-    """Refuse what cannot work, before anything is written and without loading weights.
-
-    Raises:
-        ValueError: one line saying what is wrong.
-    """
-    folders = list_saes(config.paths())
-    model, data = settings(config, folders)
-    description = describe(model)
-    row_length(data, context_size(description))
-    sha256 = known_sha256(model)
-    for folder in folders.values():
-        check_place(folder, description, sha256)
-    if config.probes is not None:
-        from saerl_cli.sae.probe import read_labelled
-
-        read_labelled(config.probes)
-    if config.controls:
-        for folder in folders.values():
-            control_settings(read_sae_config(folder), config.control_tokens)
-    if data.kind is not DataKind.hub:
-        documents(data, model, "heldout")
 
 
 def check_place(folder: Path, description: Any, sha256: str | None) -> None:

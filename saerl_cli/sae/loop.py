@@ -1,14 +1,18 @@
 """Many SAEs in one pass: every batch of activations is used by all of them, whatever their sites and settings."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.sae.architectures.common import Processes
 from saerl_cli.sae.autoencoder import SAE
+from saerl_cli.sae.files import open_sae
 from saerl_cli.sae.layout import Scratch
+from saerl_cli.sae.sweep import Planned
 from saerl_cli.sae.train import SaeTrainer
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -90,3 +94,40 @@ def train_saes(
         pass
     finished = {name: trainer.finish() for name, trainer in trainers.items()}
     return finished if isinstance(configs, Mapping) else list(finished.values())
+
+
+# --- of a run --------------------------------------------------------------------------------------------------------
+
+
+def build_trainers(plans: Sequence[Planned], device: Any, processes: Processes) -> dict[str, SaeTrainer]:
+    """A trainer for every SAE of a run, by name."""
+    scratch = Scratch()
+    return {
+        p.name: SaeTrainer(
+            p.site.width,
+            p.config,
+            device,
+            processes,
+            p.site.name,
+            None if p.target is None else p.target.width,
+            None if p.config.init_from is None else open_sae(p.config.init_from, p.site.name),
+            scratch,
+        )
+        for p in plans
+    }
+
+
+@contextmanager
+def lower_precision(model: Any, autocast: Callable[..., AbstractContextManager[Any]]) -> Iterator[None]:
+    """Run the language model's forward passes under `autocast`; SAEs have their own `encoder_dtype`."""
+    forward = model.forward
+
+    def in_lower_precision(*args: Any, **kwargs: Any) -> Any:
+        with autocast():
+            return forward(*args, **kwargs)
+
+    model.forward = in_lower_precision
+    try:
+        yield
+    finally:
+        model.forward = forward

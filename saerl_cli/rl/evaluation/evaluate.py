@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.models import describe
-from saerl_cli.rewards.check import check_reward
-from saerl_cli.rl.evaluation.base import Base, base_of, check_base, measured_by
-from saerl_cli.rl.runs import kl_coef, policy_folder, run_config, snapshot_files
+from saerl_cli.rl.evaluation.base import Base, base_of, measured_by
+from saerl_cli.rl.runs import kl_coef, run_config, snapshot_files
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
 from saerl_cli.run.preflight import flat
@@ -26,23 +24,6 @@ if TYPE_CHECKING:
     from saerl_cli.rewards.score import Reward
     from saerl_cli.rl.evaluation.measure import Samples, Sampling
     from saerl_cli.rl.policy import Policy
-
-
-def check(config: EvaluateConfig) -> None:
-    """Refuse a policy that is not there or has not finished, and snapshots or base samples that are not there.
-
-    Raises:
-        ValueError: one line saying what is wrong.
-    """
-    trained = run_config(config.policy)
-    policy_folder(config.policy, trained)
-    if config.snapshots and not snapshot_files(config.policy):
-        raise ValueError(
-            f"{config.policy} kept no policies along the way; leave snapshots=true out, or train it with snapshots=8"
-        )
-    check_base(config, trained)
-    describe(trained.model)
-    check_reward(trained.reward)
 
 
 @dataclass

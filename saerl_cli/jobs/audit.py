@@ -1,20 +1,24 @@
-"""What `saerl audit` refuses before any work."""
+"""`saerl audit`: which features caused a policy's reward.
 
+audit.json          everything (keys: `saerl_cli.analysis.audit`); also copied to the policy's run directory
+summary.json        the headline
+variants.jsonl      rewards of every variant, so that an audit that was killed goes on
+reverts.csv, attribution.csv, keep_only.csv    as `saerl_cli.report.audit` draws them
+"""
+
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from saerl_cli.config.adapter import COEFFICIENTS
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
 from saerl_cli.rewards.check import check_reward
 from saerl_cli.rl.chosen import chosen
-from saerl_cli.rl.runs import policy_folder, run_config
+from saerl_cli.rl.runs import coefficient_run, deltas_of, policy_folder, run_config
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from saerl_cli.run.files import read_json, write_json
+from saerl_cli.run.progress import say
 
 
 def check(config: AuditConfig) -> None:
@@ -34,33 +38,6 @@ def check(config: AuditConfig) -> None:
     check_reward(trained.reward)
     if config.launch.num_processes > 1:
         raise ValueError("saerl audit measures in one process; write launch=one")
-
-
-def coefficient_run(path: str) -> RlhfConfig:
-    """The settings of a finished run with coefficients.
-
-    Raises:
-        ValueError: it is none.
-    """
-    trained = run_config(path)
-    if trained.adapter.kind not in COEFFICIENTS:
-        raise ValueError(
-            f"{path} trained adapter={trained.adapter.kind.value}, which has no coefficients of features to revert;"
-            " give a run of adapter=sparse_coeffs or adapter=random_dictionary"
-        )
-    status = Run(path).status
-    if status != "completed":
-        raise ValueError(f"{path} is {status or 'not finished'}; repeat its command to finish it, then audit it")
-    return trained
-
-
-def deltas_of(path: str, trained: RlhfConfig) -> "dict[str, Tensor]":
-    """Site -> delta, of a run whose SAEs are where they were; `ValueError` otherwise."""
-    from saerl_cli.adapter.files import check_adapter, read_deltas
-
-    folder = policy_folder(path, trained)
-    check_adapter(folder)
-    return read_deltas(folder)
 
 
 def has_moved(path: str, trained: RlhfConfig) -> bool:
@@ -86,3 +63,32 @@ def check_peer(peer: str, policy: str) -> None:
 def bound_saes(path: str, trained: RlhfConfig) -> dict[str, str]:
     """Module path -> hash of the SAE, by which an adapter knows it."""
     return read_json(policy_folder(path, trained) / "adapter_config.json")["sae_sha256"]
+
+
+# --- the work --------------------------------------------------------------------------------------------------------
+
+
+def work(config: AuditConfig, run: Run, accelerator: Any) -> float:
+    """Audit, write the files, print table and finding; returns the number of features behind 90 % of the gain."""
+    from saerl_cli.analysis.audit.steps import audit, headline
+    from saerl_cli.report.audit import finding, print_table, write_figures
+
+    start = time.monotonic()
+    numbers = audit(config, run, accelerator.device)
+    run.update(inputs={**run.record.get("inputs", {}), "peers": config.peers})
+    write_json(run.path / "audit.json", numbers)
+    leave_beside(Path(config.policy), numbers)
+    write_figures(run.path, numbers)
+    print_table(numbers)
+    for line in finding(numbers):
+        say(line)
+    run.summary({**headline(numbers), "seconds": round(time.monotonic() - start, 1)})
+    return float((numbers["needed"]["90"] or {"n": numbers["features"]["moved"]})["n"])
+
+
+def leave_beside(policy: Path, numbers: dict[str, Any]) -> None:
+    """Copy audit.json into the policy's run directory, where its report looks; a folder of others may not allow it."""
+    try:
+        write_json(policy / "audit.json", numbers)
+    except OSError as error:
+        say(f"WARNING: {policy} has no audit.json for its report: {error.strerror}")

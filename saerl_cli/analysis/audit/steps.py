@@ -1,34 +1,46 @@
-"""What `saerl audit` does, step by step: rank all features, revert, keep only, control, compare, classify.
+"""The steps of an audit: rank all features, revert, keep only, control, compare, classify.
 
-The result is the content of audit.json, described in `saerl_cli.analysis.audit`.
+Each returns a part of audit.json, described in `saerl_cli.analysis.audit`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from saerl_cli.analysis.audit_check import deltas_of
+import torch
+from torch import Tensor
+
+from saerl_cli.analysis.attribution import Moved, attribute, moved, scaled
+from saerl_cli.analysis.audit import VERSION, classify
+from saerl_cli.analysis.audit.agreement import spearman, top_overlap
+from saerl_cli.analysis.audit.curves import (
+    SHARES,
+    coarse_grid,
+    control,
+    curve,
+    grid,
+    matched,
+    needed,
+    only,
+    random_order,
+)
+from saerl_cli.analysis.audit.variants import REFERENCE_DRAWS, Gain, Variants, difference, interaction, ratio
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.reward import RewardConfig, RewardKind
 from saerl_cli.config.rlhf import EvaluationConfig
 from saerl_cli.rl.chosen import chosen as named_features
-from saerl_cli.rl.runs import run_config
+from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
+from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
+from saerl_cli.rl.runs import deltas_of, run_config
+from saerl_cli.rl.trainers.exact import derived_seed
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json
 from saerl_cli.run.progress import say
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from saerl_cli.analysis.attribution import Moved
-    from saerl_cli.analysis.audit import Gain, Variants
-    from saerl_cli.analysis.kinds import Firing
-    from saerl_cli.rl.evaluation.evaluate import Bench
-    from saerl_cli.rl.evaluation.measure import Samples
 
 RANKING, GRADING, NULL, REFERENCE = 21, 22, 23, 24
 """What completions are drawn for: each has random numbers of its own."""
@@ -45,31 +57,26 @@ class Setting:
     """What every step needs."""
 
     config: AuditConfig
-    bench: "Bench"
-    coefficients: "Moved"
-    variants: "Variants"
-    attributions: "Tensor"
+    bench: Bench
+    coefficients: Moved
+    variants: Variants
+    attributions: Tensor
     """[prompts, F], on prompts and samples that nothing else uses."""
     order: list[int]
     """All features that moved, the largest mean attribution first."""
-    found: "Firing"
+    found: classify.Firing
 
     @property
-    def mean(self) -> "Tensor":
+    def mean(self) -> Tensor:
         """Attribution of every feature, [F]."""
         return self.attributions.double().mean(0)
 
 
-def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
-    """Audit a policy: the content of audit.json.
+def prepare(config: AuditConfig, run: Run, device: Any) -> Setting:
+    """Load the policy, choose prompts, rank its features.
 
     Results of variants are kept in RUN/variants.jsonl, so that an audit that was killed goes on.
     """
-    from saerl_cli.analysis import kinds
-    from saerl_cli.analysis.attribution import moved
-    from saerl_cli.analysis.audit import VERSION, Variants
-    from saerl_cli.rl.evaluation.evaluate import build_bench, record_inputs
-
     samples = config.evaluation.samples
     twice = EvaluationConfig(**{**vars(config.evaluation), "samples": 2 * samples})
     evaluating = EvaluateConfig(policy=config.policy, evaluation=twice, launch=config.launch, seed=config.seed)
@@ -83,20 +90,26 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
         run.path / "variants.jsonl",
     )  # fmt: skip
     order = attributions.double().mean(0).argsort(descending=True, stable=True).tolist()
-    found = kinds.firing(bench.policy, coefficients, bench.rows)
-    setting = Setting(config, bench, coefficients, variants, attributions, order, found)
+    found = classify.firing(bench.policy, coefficients, bench.rows)
+    return Setting(config, bench, coefficients, variants, attributions, order, found)
+
+
+def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
+    """Audit a policy: the content of audit.json."""
+    setting = prepare(config, run, device)
+    trained, coefficients = setting.bench.trained, setting.coefficients
     numbers: Numbers = {
         "version": VERSION,
         "policy": str(Path(config.policy)),
-        "adapter": bench.trained.adapter.kind.value,
-        "splice": bench.trained.adapter.splice.value,
+        "adapter": trained.adapter.kind.value,
+        "splice": trained.adapter.splice.value,
         "seed": config.seed,
-        "prompts": samples,
+        "prompts": config.evaluation.samples,
         "features": {"total": sum(coefficients.sizes), "moved": len(coefficients)},
     }
     gain, numbers["gain"] = gained(setting)
     numbers["completeness"] = completeness(setting, gain)
-    say(f"reverting {min(config.top, len(order))} features one by one, {config.pairs} pairs")
+    say(f"reverting {min(config.top, len(setting.order))} features one by one, {config.pairs} pairs")
     numbers |= reverted(setting, gain)
     say("keeping only the first features, and controls")
     numbers |= kept(setting, gain)
@@ -106,12 +119,26 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
     return numbers
 
 
-def ranked(config: AuditConfig, bench: "Bench", coefficients: "Moved", samples: int) -> "Tensor":
+def headline(numbers: Numbers) -> Numbers:
+    """The numbers of summary.json."""
+    gain, side = numbers["gain"], numbers["side_effects"]
+    found: Numbers = {key: gain[key] for key in ("gain", "gain_se", "kl", "kl_se", "loss_increase", "loss_increase_se")}
+    found |= {"features": numbers["features"]["total"], "moved": numbers["features"]["moved"]}
+    found |= {f"n{percent}": entry and entry["n"] for percent, entry in numbers["needed"].items()}
+    ninety = numbers["needed"]["90"] or {}
+    found |= {f"n90_{key}": ninety.get(key) for key in ("low", "high", "random", "random_se", "matched", "matched_se")}
+    for group, name in (("by_role", "rewarded"), ("by_place", "on"), ("by_place", "before")):
+        if group in numbers["shares"]:
+            entry = numbers["shares"][group].get(name, {"share": 0.0, "share_se": 0.0})
+            found |= {f"share_{name}": entry["share"], f"share_{name}_se": entry["share_se"]}
+    found["agreement"] = [peer["delta"] for peer in numbers["peers"]]
+    full = side["full"]
+    found |= {key: full[key] for key in ("kl_per_gain", "loss_per_gain", "ratio", "ratio_by_chance") if key in full}
+    return found | {key: numbers[key] for key in ("policy", "adapter", "completeness")}
+
+
+def ranked(config: AuditConfig, bench: Bench, coefficients: Moved, samples: int) -> Tensor:
     """Attributions of all features on the first prompts, mean over alphas: [prompts, F]."""
-    import torch
-
-    from saerl_cli.analysis.attribution import attribute
-
     prefixes = config.prefix_rewards
     if prefixes is None:
         slow = (RewardKind.hf, RewardKind.python)
@@ -125,14 +152,8 @@ def ranked(config: AuditConfig, bench: "Bench", coefficients: "Moved", samples: 
     return total
 
 
-def gained(setting: Setting) -> "tuple[Gain, Numbers]":
+def gained(setting: Setting) -> tuple[Gain, Numbers]:
     """The policy against its reference on the prompts that grade."""
-    import torch
-
-    from saerl_cli.analysis.audit import REFERENCE_DRAWS, Gain
-    from saerl_cli.rl.evaluation.measure import mean_and_error
-    from saerl_cli.rl.trainers.exact import derived_seed
-
     one = torch.ones(len(setting.coefficients))
     before, after = setting.variants.measured(0 * one), setting.variants.measured(one)
     seed = setting.bench.sampling(REFERENCE).seed
@@ -157,17 +178,11 @@ def words_of(setting: Setting) -> list[float]:
 
 def loss_change(setting: Setting, after: Sequence[float] | None, before: Sequence[float] | None) -> tuple[float, float]:
     """Change of the held-out loss a token, and its standard error over rows."""
-    from saerl_cli.analysis.audit import ratio
-
     return ratio([x - y for x, y in zip(after or [], before or [], strict=True)], words_of(setting))
 
 
-def completeness(setting: Setting, gain: "Gain") -> Numbers:
+def completeness(setting: Setting, gain: Gain) -> Numbers:
     """The sum of all attributions against the gain; they come from different samples."""
-    import math
-
-    from saerl_cli.rl.evaluation.measure import mean_and_error
-
     whole, whole_se = mean_and_error(setting.attributions.double().sum(1).tolist())
     mean, error = mean_and_error(gain.full)
     numbers = {"attributed": whole, "attributed_se": whole_se}
@@ -177,13 +192,8 @@ def completeness(setting: Setting, gain: "Gain") -> Numbers:
 # --- reverting -------------------------------------------------------------------------------------------------------
 
 
-def reverted(setting: Setting, gain: "Gain") -> Numbers:
+def reverted(setting: Setting, gain: Gain) -> Numbers:
     """`reverts`, `pairs` and `shares`: what the first features and those asked for do, and what all of them are."""
-    import torch
-
-    from saerl_cli.analysis.audit import difference
-    from saerl_cli.rl.evaluation.measure import mean_and_error
-
     config, order, coefficients = setting.config, setting.order, setting.coefficients
     sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
     wanted = named_features(config.features, "features", setting.bench.trained.adapter.saes, sizes)
@@ -214,11 +224,6 @@ def reverted(setting: Setting, gain: "Gain") -> Numbers:
 
 def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
     """What reverting two features, and keeping nothing but two, does beyond doing so with each."""
-    import torch
-
-    from saerl_cli.analysis.audit import difference, interaction
-    from saerl_cli.rl.evaluation.measure import mean_and_error
-
     one, coefficients = torch.ones(len(setting.coefficients)), setting.coefficients
     numbers: Numbers = {"first": coefficients.name(i), "second": coefficients.name(j)}
     first, second = unit(i, one), unit(j, one)
@@ -236,7 +241,7 @@ def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
     return numbers
 
 
-def unit(i: int, like: "Tensor") -> "Tensor":
+def unit(i: int, like: Tensor) -> Tensor:
     """1 at a place, 0 elsewhere."""
     found = like.new_zeros(len(like))
     found[i] = 1.0
@@ -254,29 +259,28 @@ def first_pairs(order: Sequence[int], count: int) -> list[tuple[int, int]]:
 
 def classified(setting: Setting, chosen: Sequence[int]) -> tuple[dict[int, Numbers], Numbers]:
     """What the chosen features are, and the share of the gain on features of every kind."""
-    from saerl_cli.analysis import kinds
-    from saerl_cli.analysis.audit import sums_by
-
     bench, found, config = setting.bench, setting.found, setting.config
     tokenizer, trained = bench.policy.tokenizer, bench.trained
-    rewarded = kinds.rewarded_tokens(trained.reward, tokenizer)
-    kind = kinds.token_kinds(found, tokenizer, rewarded)
+    rewarded = classify.rewarded_tokens(trained.reward, tokenizer)
+    kind = classify.token_kinds(found, tokenizer, rewarded)
     labels: dict[str, Sequence[Any]] = {"kind": kind}
-    shares: Numbers = {"by_kind": sums_by(kind, setting.attributions, found.effect)}
+    shares: Numbers = {"by_kind": classify.sums_by(kind, setting.attributions, found.effect)}
     if rewarded:
-        place = kinds.places(found, rewarded)
-        shares["by_place"] = sums_by(place, setting.attributions, found.effect)
-        direction = labels["writes"] = kinds.direction_names(kinds.writes(bench.policy, setting.coefficients, rewarded))
-        shares["by_direction"] = sums_by(direction, setting.attributions, found.effect)
+        place = classify.places(found, rewarded)
+        shares["by_place"] = classify.sums_by(place, setting.attributions, found.effect)
+        direction = labels["writes"] = classify.direction_names(
+            classify.writes(bench.policy, setting.coefficients, rewarded)
+        )
+        shares["by_direction"] = classify.sums_by(direction, setting.attributions, found.effect)
     if trained.model.kind is ModelKind.planted:
-        grades = kinds.attributes_of(found, tokenizer)
+        grades = classify.attributes_of(found, tokenizer)
         labels["attribute"] = [name if grade >= config.f1 else "" for name, grade in grades]
         labels["f1"] = [grade for _, grade in grades]
-        role = kinds.roles(grades, rewarded_attributes(trained.reward), config.f1)
-        shares["by_role"] = sums_by(role, setting.attributions, found.effect)
+        role = classify.roles(grades, rewarded_attributes(trained.reward), config.f1)
+        shares["by_role"] = classify.sums_by(role, setting.attributions, found.effect)
         names = [name or "unassigned" for name in labels["attribute"]]
-        shares["by_attribute"] = sums_by(names, setting.attributions, found.effect)
-    fired = kinds.fires_on(found, tokenizer, chosen)
+        shares["by_attribute"] = classify.sums_by(names, setting.attributions, found.effect)
+    fired = classify.fires_on(found, tokenizer, chosen)
     return {i: {"fires_on": fired[i], **{key: values[i] for key, values in labels.items()}} for i in chosen}, shares
 
 
@@ -290,11 +294,8 @@ def rewarded_attributes(reward: RewardConfig) -> set[str]:
 # --- keeping only ----------------------------------------------------------------------------------------------------
 
 
-def kept(setting: Setting, gain: "Gain") -> Numbers:
+def kept(setting: Setting, gain: Gain) -> Numbers:
     """`curves` and `needed`: what is left of the gain with the first features alone, without them, and of controls."""
-    from saerl_cli.analysis.audit import SHARES, coarse_grid, control, curve, grid, matched, needed, random_order
-    from saerl_cli.rl.trainers.exact import derived_seed
-
     config, variants, order = setting.config, setting.variants, setting.order
     total, effect = len(order), setting.found.effect.tolist()
     points, coarse = grid(total), coarse_grid(total)
@@ -335,12 +336,8 @@ def kept(setting: Setting, gain: "Gain") -> Numbers:
 # --- side effects ----------------------------------------------------------------------------------------------------
 
 
-def side_effects(setting: Setting, gain: "Gain", needed_90: Numbers | None) -> Numbers:
+def side_effects(setting: Setting, gain: Gain, needed_90: Numbers | None) -> Numbers:
     """What else changed, for the policy and for the fewest features that carry 90 % of its gain."""
-    import torch
-
-    from saerl_cli.analysis.audit import only
-
     total = len(setting.coefficients)
     nothing = torch.zeros(total)
     before, again = written(setting, nothing), written(setting, nothing, NULL)
@@ -354,11 +351,8 @@ def side_effects(setting: Setting, gain: "Gain", needed_90: Numbers | None) -> N
     return found
 
 
-def written(setting: Setting, scale: "Tensor", purpose: int = GRADING) -> "Samples":
+def written(setting: Setting, scale: Tensor, purpose: int = GRADING) -> Samples:
     """What a variant writes on the prompts that grade, with the random numbers of all variants or others."""
-    from saerl_cli.analysis.attribution import scaled
-    from saerl_cli.rl.evaluation.measure import Samples, generate
-
     bench, variants, how = setting.bench, setting.variants, setting.bench.sampling(purpose)
     policy, ids = bench.policy, variants.measured(scale).completion_ids or []
     if purpose != GRADING:
@@ -368,13 +362,8 @@ def written(setting: Setting, scale: "Tensor", purpose: int = GRADING) -> "Sampl
     return Samples(list(variants.prompts), ids, policy.tokenizer.batch_decode(ids, skip_special_tokens=True), {})
 
 
-def spent(setting: Setting, gain: "Gain", scale: "Tensor", before: "Samples", after: "Samples") -> Numbers:
+def spent(setting: Setting, gain: Gain, scale: Tensor, before: Samples, after: Samples) -> Numbers:
     """KL, held-out loss, attributes, length and variety that a variant's gain was bought with."""
-    import torch
-
-    from saerl_cli.analysis.audit import difference, ratio
-    from saerl_cli.rl.evaluation.measure import attribute_shares, describe, mean_and_error
-
     variants = setting.variants
     measured, base = variants.measured(scale), variants.measured(torch.zeros_like(scale))
     numbers: Numbers = {}
@@ -399,18 +388,14 @@ def spent(setting: Setting, gain: "Gain", scale: "Tensor", before: "Samples", af
 
 def quotient(numbers: Numbers, top: str, bottom: str, name: str) -> Numbers:
     """One number divided by another that was measured apart from it, with its standard error."""
-    import math
-
     a, b = numbers[top], numbers[bottom]
     if b == 0:
         return {name: 0.0, f"{name}_se": 0.0}
     return {name: a / b, f"{name}_se": math.hypot(numbers[f"{top}_se"] / b, a * numbers[f"{bottom}_se"] / b**2)}
 
 
-def other_change(setting: Setting, before: "Samples", after: "Samples") -> float:
+def other_change(setting: Setting, before: Samples, after: Samples) -> float:
     """Summed absolute change of the shares of words that carry attributes which are not rewarded."""
-    from saerl_cli.rl.evaluation.measure import attribute_shares
-
     rewarded = rewarded_attributes(setting.bench.trained.reward)
     old, new = attribute_shares(before), attribute_shares(after)
     names = [name for name in old if name not in rewarded and not name.startswith("after_")]
@@ -422,10 +407,6 @@ def other_change(setting: Setting, before: "Samples", after: "Samples") -> float
 
 def peer_numbers(setting: Setting, peer: str) -> Numbers:
     """How far a peer's coefficients, and its attributions where it has been audited, agree with the policy's."""
-    import torch
-
-    from saerl_cli.analysis.audit import VERSION, spearman, top_overlap
-
     own, other = (deltas_of(path, run_config(path)) for path in (setting.config.policy, peer))
     sites: Numbers = {}
     for site, delta in own.items():

@@ -1,125 +1,35 @@
-"""What `saerl features` reads and computes; what it writes is in `saerl_cli.report.features`.
-
-Checks before a run import this file, which imports no torch.
-"""
+"""Features that are asked for, or that a policy moved, described and compared before and after RLHF."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from saerl_cli.activations import documents, row_length
-from saerl_cli.config.adapter import COEFFICIENTS
-from saerl_cli.config.features import ExplainConfig, FeaturesConfig
-from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
+from torch import Tensor
+
+from saerl_cli.adapter.files import read_deltas
+from saerl_cli.analysis.features.describe import Depth, describe_features, heldout_text
+from saerl_cli.analysis.features.explain import explain_all
+from saerl_cli.analysis.features.labels import as_file, put_labels, read_labels
+from saerl_cli.analysis.features.moved import (
+    coefficient_paths,
+    completions_text,
+    most_moved,
+    put_deltas,
+    put_heldout,
+    put_samples,
+)
+from saerl_cli.analysis.features.plan import Plan, plan_of
+from saerl_cli.analysis.features.stream import Census, Source, Text, take_census
+from saerl_cli.config.features import FeaturesConfig
+from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.models import context_size, describe, known_sha256
-from saerl_cli.rl.chosen import by_number
-from saerl_cli.rl.runs import policy_folder, run_config
-from saerl_cli.run.directory import Run
+from saerl_cli.models import Loaded, load_model, resolve_sites
+from saerl_cli.rl.evaluation.measure import cycled, generate
+from saerl_cli.rl.policy import adapter_policy
+from saerl_cli.rl.prompts import choose_prompts
+from saerl_cli.rl.runs import policy_folder
 from saerl_cli.run.progress import say
-from saerl_cli.sae.evaluate import check_place, combined, recorded_settings
-from saerl_cli.sae.files import find_saes, read_sae_config, sae_sha256
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from saerl_cli.analysis.features.stream import Census, Source, Text
-    from saerl_cli.models import Loaded
-
-
-@dataclass
-class Plan:
-    """What is to be described."""
-
-    model: ModelConfig
-    data: DataConfig
-    saes: dict[str, Path]
-    """Site -> SAE folder."""
-    sizes: dict[str, int]
-    """Site -> features of its SAE."""
-    ids: dict[str, set[int]] | None
-    """Site -> features asked for; None: those with the largest effect."""
-    trained: RlhfConfig | None
-    """Settings of the policy's run."""
-
-
-def check(config: FeaturesConfig) -> None:
-    """Refuse what cannot work, before anything is written and without loading weights.
-
-    Raises:
-        ValueError: one line saying what is wrong.
-    """
-    plan = plan_of(config)
-    if config.labels is not None:
-        from saerl_cli.analysis.features.labels import read_labels
-
-        read_labels(config.labels, plan.sizes)
-    check_explainer(config.explain)
-    description = describe(plan.model)
-    row_length(plan.data, context_size(description))
-    sha256 = known_sha256(plan.model)
-    for folder in plan.saes.values():
-        check_place(folder, description, sha256)
-    if plan.data.kind is not DataKind.hub:
-        documents(plan.data, plan.model, "heldout")
-
-
-def check_explainer(config: ExplainConfig) -> None:
-    """Refuse a model folder that is not there.
-
-    Raises:
-        ValueError: one line saying what is wrong.
-    """
-    if config.on and config.endpoint is None and not Path(str(config.model)).is_dir():
-        raise ValueError(
-            f"explain.model={config.model} is no folder of a local model; for a service write explain.endpoint=ADDRESS"
-        )
-
-
-def plan_of(config: FeaturesConfig) -> Plan:
-    """Which features of which SAEs, on which model and text.
-
-    Raises:
-        ValueError: no such run or SAEs, an unfinished run, a site or feature that is not there.
-    """
-    if config.policy is not None:
-        trained, saes = policy_saes(config.policy)
-        model, data = trained.model, trained.data
-    else:
-        trained, saes = None, find_saes(str(config.saes))
-        recorded = recorded_settings(next(iter(saes.values())))
-        model = combined("model", config.model, recorded, ModelConfig)
-        data = combined("data", config.data, recorded, DataConfig)
-    missing = [site for site in config.sites or [] if site not in saes]
-    if missing:
-        raise ValueError(f"sites: there is no SAE of {missing[0]}; there are {', '.join(saes)}")
-    saes = {site: folder for site, folder in saes.items() if config.sites is None or site in config.sites}
-    sizes = {site: int(read_sae_config(folder)["d_sae"]) for site, folder in saes.items()}
-    ids = by_number(config.ids, "ids", sizes) if config.ids is not None else None
-    return Plan(model, data, saes, sizes, ids, trained)
-
-
-def policy_saes(run: str) -> tuple[RlhfConfig, dict[str, Path]]:
-    """Settings of a finished coefficient run, and the SAEs of its adapter by site.
-
-    Raises:
-        ValueError: no such run, not finished, or without coefficients.
-    """
-    trained = run_config(run)
-    if trained.adapter.kind not in COEFFICIENTS:
-        raise ValueError(
-            f"{run} trained adapter={trained.adapter.kind.value}, which has no coefficients of features; give a run of"
-            " `saerl rlhf --sparse-coeffs`, or saes=DIR to look at SAEs alone"
-        )
-    record = Run(run).record
-    if record.get("status") != "completed":
-        raise ValueError(f"{run} is {record.get('status')}; finish it first: {record.get('command')}")
-    folder = policy_folder(run, trained)
-    from saerl_cli.adapter.files import check_adapter  # imports PEFT, hence last
-
-    adapter = check_adapter(folder)
-    sites = adapter.sites or {}
-    return trained, {sites.get(module, module): adapter.find_sae(module) for module in adapter.saes or {}}
+from saerl_cli.sae.files import check_sae, load_sae, sae_sha256
+from saerl_cli.sae.metrics import density
 
 
 @dataclass
@@ -128,13 +38,13 @@ class Bench:
 
     config: FeaturesConfig
     plan: Plan
-    loaded: "Loaded"
-    text: "Text"
-    sources: "dict[str, Source]"
+    loaded: Loaded
+    text: Text
+    sources: dict[str, Source]
     """By site."""
-    censuses: "dict[str, Census]"
+    censuses: dict[str, Census]
     """By site."""
-    deltas: "dict[str, Tensor]"
+    deltas: dict[str, Tensor]
     """Site -> delta of every feature, [d_sae]; empty without a policy."""
 
 
@@ -159,9 +69,6 @@ def find(config: FeaturesConfig, device: Any) -> Found:
     Raises:
         ValueError: what `check` could not see without loading the model.
     """
-    from saerl_cli.analysis.features.explain import explain_all
-    from saerl_cli.analysis.features.labels import as_file, put_labels, read_labels
-
     bench = build_bench(config, device)
     features = described(bench)
     explain_all(features, config.explain, device)
@@ -185,12 +92,6 @@ def find(config: FeaturesConfig, device: Any) -> Found:
 
 def build_bench(config: FeaturesConfig, device: Any) -> Bench:
     """Load the model and the SAEs, and count what every feature does."""
-    from saerl_cli.adapter.files import read_deltas
-    from saerl_cli.analysis.features.describe import heldout_text
-    from saerl_cli.analysis.features.stream import Source, take_census
-    from saerl_cli.models import load_model, resolve_sites
-    from saerl_cli.sae.files import check_sae, load_sae
-
     plan = plan_of(config)
     loaded = load_model(plan.model, device)
     sources = {}
@@ -207,9 +108,6 @@ def build_bench(config: FeaturesConfig, device: Any) -> Bench:
 
 def described(bench: Bench) -> list[dict[str, Any]]:
     """The dictionaries of the features chosen, of a policy with their coefficients."""
-    from saerl_cli.analysis.features.describe import Depth, describe_features
-    from saerl_cli.analysis.features.moved import coefficient_paths, put_deltas
-
     config, explain = bench.config, bench.config.explain
     depth = Depth(
         contexts=max(config.contexts, explain.shown if explain.on else 0),
@@ -235,8 +133,6 @@ def described(bench: Bench) -> list[dict[str, Any]]:
 
 def choose(bench: Bench) -> dict[str, list[int]]:
     """Site -> features: those asked for; of a policy those that moved most; else those that write most at each site."""
-    from saerl_cli.analysis.features.moved import most_moved
-
     config, ids = bench.config, bench.plan.ids
     if ids is not None:
         return {site: sorted(ids[site]) for site in bench.sources if site in ids}
@@ -251,11 +147,6 @@ def choose(bench: Bench) -> dict[str, list[int]]:
 
 def before_and_after(bench: Bench, trained: RlhfConfig, features: list[dict[str, Any]]) -> None:
     """What the policy makes of the features: on the same text, and in completions of its own."""
-    from saerl_cli.analysis.features.moved import completions_text, put_heldout, put_samples
-    from saerl_cli.rl.evaluation.measure import cycled, generate
-    from saerl_cli.rl.policy import adapter_policy
-    from saerl_cli.rl.prompts import choose_prompts
-
     config, loaded = bench.config, bench.loaded
     policy = adapter_policy(loaded, policy_folder(str(config.policy), trained), trained.adapter.splice)
     put_heldout(features, policy, bench.sources, bench.text)
@@ -272,10 +163,8 @@ def before_and_after(bench: Bench, trained: RlhfConfig, features: list[dict[str,
     put_samples(features, policy, bench.sources, *texts, max(1, config.contexts // 2))
 
 
-def site_facts(source: "Source", census: "Census") -> dict[str, Any]:
+def site_facts(source: Source, census: Census) -> dict[str, Any]:
     """An SAE and how often its features fire."""
-    from saerl_cli.sae.metrics import density
-
     rate = census.density
     return {
         "trivial": source.site.trivial,

@@ -16,6 +16,7 @@ from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.adapter.coefficients import site_layers
 from saerl_cli.adapter.layer import SparseCoeffLayer
 from saerl_cli.analysis.attribution import AT_ONCE, Moved
+from saerl_cli.analysis.audit.variants import ratio
 from saerl_cli.analysis.features import f1_scores, final_norm, to_residual
 from saerl_cli.analysis.features.attributes import truth_of
 from saerl_cli.analysis.features.directions import shown
@@ -23,6 +24,7 @@ from saerl_cli.config.reward import RewardConfig, RewardKind
 from saerl_cli.models import resolve_sites
 from saerl_cli.rewards.lexicon import read_lexicon
 from saerl_cli.rewards.patterns import compiled
+from saerl_cli.rl.evaluation.measure import mean_and_error
 from saerl_cli.rl.policy import Policy
 
 FUNCTION_WORDS = frozenset(
@@ -291,3 +293,24 @@ def roles(attributes: Sequence[tuple[str, float]], rewarded: set[str], f1: float
         else:
             names.append("after rewarded" if name.removeprefix("after_") in rewarded else "other")
     return names
+
+
+def sums_by(names: Sequence[str], attributions: Tensor, effect: Tensor) -> dict[str, dict[str, float]]:
+    """Summed attribution of the features of each name, and its share of all; errors over prompts.
+
+    Args:
+        names: of every feature.
+        attributions: [prompts, F].
+        effect: [F], of which `effect_share` is the share: what chance would give.
+    """
+    whole = attributions.double().sum(1).tolist()
+    found = {}
+    for name in dict.fromkeys(sorted(names)):
+        here = torch.tensor([i for i, other in enumerate(names) if other == name])
+        part = attributions[:, here].double().sum(1).tolist()
+        total, total_se = mean_and_error(part)
+        share, share_se = ratio(part, whole)
+        found[name] = {"features": len(here), "attribution": total, "attribution_se": total_se}
+        found[name] |= {"share": share, "share_se": share_se}
+        found[name]["effect_share"] = float(effect[here].double().sum() / effect.double().sum().clamp_min(1e-30))
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]["attribution"]))

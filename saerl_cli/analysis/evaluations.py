@@ -106,7 +106,7 @@ def choose(words: Sequence[str], across: Sequence[str] = ()) -> Chosen:
     left = []
     passed = once(path for f in folders if f.evaluations for path in f.finished if path.resolve() not in known)
     if passed:
-        left.append(f"left out, since nothing has evaluated them: {listed(passed)}; `{evaluate(passed)}` does")
+        left.append(f"left out, since nothing has evaluated them: {listed(passed)}; `{evaluate_command(passed)}` does")
     if stopped := once(path for folder in bare for path in folder.unfinished):
         left.append(f"left out, not finished: {listed(stopped)}")
     return Chosen(evaluations, note_of(evaluations), left)
@@ -179,7 +179,9 @@ def load_final(path: Path) -> Evaluation:
     """
     numbers = Run.load(path).read_summary()
     if missing := [key for key in FINAL if key not in numbers]:
-        raise ValueError(f"{path} was written by another version without {missing[0]}; measure it: {evaluate([path])}")
+        raise ValueError(
+            f"{path} was written by another version without {missing[0]}; measure it: {evaluate_command([path])}"
+        )
     trained = run_config(path)
     settings = flat(Run(path).settings)
     own = EvaluateConfig(policy=str(path), evaluation=trained.evaluation, seed=trained.seed)
@@ -219,7 +221,7 @@ def note_of(evaluations: Sequence[Evaluation]) -> str:
     finals = [e for e in evaluations if e.final]
     if not finals:
         return ""
-    measure = f": `{evaluate([e.path for e in finals])}`"
+    measure = f": `{evaluate_command([e.path for e in finals])}`"
     if len(finals) < len(evaluations):
         names = ", ".join(str(e.path) for e in finals)
         return f"{names}: final policies only, on other prompts and random numbers than the evaluations{measure} helps"
@@ -229,7 +231,7 @@ def note_of(evaluations: Sequence[Evaluation]) -> str:
     return f"final policies only, as training measured them, {where}{numbers}{measure} gives the frontier"
 
 
-def evaluate(policies: Sequence[Path]) -> str:
+def evaluate_command(policies: Sequence[Path]) -> str:
     """The whole command that measures policies alike, with those on the way to them."""
     paths = [str(shown(path)) for path in policies]
     kept = all(snapshot_files(path) for path in policies)
