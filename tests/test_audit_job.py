@@ -149,8 +149,8 @@ def test_what_cannot_be_audited_is_refused(policy, peer, saes, tmp_path):
         assert "\n" not in str(caught.value)
 
     refused("is not a run directory", tmp_path)
-    refused("is failed; repeat its command", changed(policy, tmp_path / "failed", status="failed"))
-    refused("is running; repeat its command", changed(policy, tmp_path / "running", status="running"))
+    refused("is failed; finish it first", changed(policy, tmp_path / "failed", status="failed"))
+    refused("is running; finish it first", changed(policy, tmp_path / "running", status="running"))
     refused("is a run of `saerl evaluate`; give one of", changed(policy, tmp_path / "other", job="evaluate"))
     half = changed(policy, tmp_path / "half")
     shutil.rmtree(half / "adapter")
@@ -159,7 +159,7 @@ def test_what_cannot_be_audited_is_refused(policy, peer, saes, tmp_path):
     text = (full / ".hydra" / "config.yaml").read_text()
     config = settings(None)
     OmegaConf.save(OmegaConf.structured(config), full / ".hydra" / "config.yaml")
-    refused("trained adapter=full, which has no coefficients of features to revert; give a run of", full)
+    refused("trained adapter=full, which has no coefficients of features; give a run of", full)
     (full / ".hydra" / "config.yaml").write_text(text + "\nnewer: 1\n")
     refused("is not a config of `saerl rlhf`", full)
     refused(

@@ -50,7 +50,7 @@ def coefficient_run(run_path: Path | str) -> RlhfConfig:
     run = Run(run_path)
     if run.status != "completed":
         status = run.status or "not finished"
-        raise ValueError(f"{run_path} is {status}; repeat its command to finish it first: {run.record.get('command')}")
+        raise ValueError(f"{run_path} is {status}; finish it first: {run.record.get('command')}")
     return config
 
 
