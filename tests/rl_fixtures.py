@@ -7,10 +7,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saerl_cli.adapter import peft_config
 from saerl_cli.adapter.restraint import Restraint
-from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig, Splice
+from saerl_cli.config.adapter import AdapterConfig, SparsityConfig, Splice
 from saerl_cli.models import Loaded
+from saerl_cli.rl.adapters import peft_config
 from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
 from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, RLOOPhases, RWRPhases, SFTPhases
 from saerl_cli.rl.trainers.ppo import PPOTrainer
@@ -178,7 +178,7 @@ def adapter_settings(folder: Path, model, kind: str, splice: str, sparsity: Spar
     loaded = Loaded(model, word_tokenizer(), "tiny", None, None, 32, folder / "model")
     given = {"saes": str(folder / "sae"), "splice": Splice(splice)} if sites else {}
     given |= {"sparsity": sparsity} if sparsity else {}
-    return AdapterConfig(kind=AdapterKind(kind), **given), loaded, saes
+    return AdapterConfig(kind=kind, **given), loaded, saes
 
 
 def trained(trainer: PPOTrainer) -> dict[str, torch.Tensor]:

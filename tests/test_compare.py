@@ -202,7 +202,7 @@ def trained(folder: Path, *words: str, gain: float = 1.0, kl: float = 2.0, statu
     record = {"job": "rlhf", "status": status, "command": "saerl rlhf", "inputs": {"model": {"sha256": "ab"}}}
     numbers = {"reward_before": -1.0, "reward_before_se": 0.03, "reward_after": gain - 1, "reward_se": 0.04}
     numbers |= {"kl": kl, "kl_se": 0.1, "kl_exact": kl, "kl_exact_se": 0.01, "steps": 10, "seconds": 5.0}
-    numbers |= {"adapter": config.adapter.kind.name, "trainable_parameters": 64, "peak_memory_bytes": 2**30}
+    numbers |= {"adapter": config.adapter.kind, "trainable_parameters": 64, "peak_memory_bytes": 2**30}
     (folder / "run.json").write_text(json.dumps(record))
     if status == "completed":
         (folder / "summary.json").write_text(json.dumps(numbers))

@@ -272,7 +272,7 @@ def test_labels_go_there_and_back_and_choose_features_to_train(command, graded):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; swearing" in page and page.count("<script") == 1
     assert read_json(Path("second/labels.json"))["resid_post.1"].keys() == {"11", "12", "38", "39", "40"}
     chosen = ["adapter.features.labels=second/labels.json", "adapter.features.pattern=swearing"]
-    from saerl_cli.rl.chosen import free_features
+    from saerl_cli.rl.adapters.selection import free_features
 
     assert free_features(settings(folder, *chosen).adapter, {"resid_post.1": 64}) == {"resid_post.1": {11}}
     rl_job.check(settings(folder, *chosen))

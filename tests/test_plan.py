@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from saerl_cli.config.adapter import AdapterConfig, AdapterKind, Splice
+from saerl_cli.config.adapter import AdapterConfig, Splice
 from saerl_cli.config.groups import ModelConfig, ModelKind
 from saerl_cli.plan import command, machine, metrics, runs, supervised, table, work
 from saerl_cli.plan.compose import composed
@@ -92,12 +92,12 @@ def test_another_architecture_is_counted_from_its_modules():
 
 def adapters() -> dict[str, AdapterConfig]:
     kinds = ("lora", "ia3", "steering_vector", "bias_only", "neuron_basis")
-    chosen = {name: AdapterConfig(kind=AdapterKind[name]) for name in kinds}
-    random = {"kind": AdapterKind.random_dictionary, "sites": ["mlp_out.1", "mlp_out.2"], "d_sae": 40, "k": 4}
+    chosen = {name: AdapterConfig(kind=name) for name in kinds}
+    random = {"kind": "random_dictionary", "sites": ["mlp_out.1", "mlp_out.2"], "d_sae": 40, "k": 4}
     return chosen | {
-        "lora of rank 3": AdapterConfig(kind=AdapterKind.lora, rank=3, targets=["dense"]),
-        "lora to match": AdapterConfig(kind=AdapterKind.lora, match=700),
-        "ia3 somewhere": AdapterConfig(kind=AdapterKind.ia3, targets=["dense_h_to_4h"]),
+        "lora of rank 3": AdapterConfig(kind="lora", rank=3, targets=["dense"]),
+        "lora to match": AdapterConfig(kind="lora", match=700),
+        "ia3 somewhere": AdapterConfig(kind="ia3", targets=["dense_h_to_4h"]),
         "random": AdapterConfig(**random),
         "random with biases": AdapterConfig(**random, splice=Splice.pre_activation),
     }
@@ -107,8 +107,8 @@ def adapters() -> dict[str, AdapterConfig]:
 def test_trained_numbers_are_the_adapter_s(name, tiny_planted_model, tmp_path):
     from peft import get_peft_model
 
-    from saerl_cli.adapter import peft_config
     from saerl_cli.models import load_model
+    from saerl_cli.rl.adapters import peft_config
     from saerl_cli.sae.autoencoder import SAE
     from saerl_cli.sae.files import save_sae
 

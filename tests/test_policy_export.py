@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from saerl_cli.adapter import deltas, load_adapter, peft_config, save_adapter, sparse_coeffs
+from saerl_cli.adapter import deltas, load_adapter, save_adapter, sparse_coeffs
 from saerl_cli.cli import app
-from saerl_cli.config.adapter import AdapterConfig, AdapterKind
+from saerl_cli.config.adapter import AdapterConfig
 from saerl_cli.models import Loaded
+from saerl_cli.rl.adapters import peft_config
 from saerl_cli.rl.export import export_policy
 
 IDS = torch.tensor([[2, 5, 9, 11, 3, 8], [4, 4, 7, 21, 30, 6]])
@@ -154,7 +155,7 @@ def test_a_vector_without_a_bias_to_go_into_stays_a_vector(tmp_path):
     base_folder(tmp_path, tiny_llama())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     loaded = Loaded(model, word_tokenizer(), "tiny", None, None, 32, tmp_path)  # pyright: ignore[reportArgumentType]
-    policy = get_peft_model(model, peft_config(AdapterConfig(kind=AdapterKind.steering_vector), loaded))
+    policy = get_peft_model(model, peft_config(AdapterConfig(kind="steering_vector"), loaded))
     for p in policy.parameters():
         if p.requires_grad:
             p.data.copy_(torch.linspace(-1, 1, len(p)))

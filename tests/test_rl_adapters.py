@@ -6,9 +6,10 @@ import pytest
 import torch
 from rl_fixtures import adapter_settings, build_trainer, tiny_model, trained, word_tokenizer
 
-from saerl_cli.adapter import load_adapter, peft_config, save_adapter
-from saerl_cli.config.adapter import AdapterConfig, AdapterKind, SparsityConfig
+from saerl_cli.adapter import load_adapter, save_adapter
+from saerl_cli.config.adapter import AdapterConfig, SparsityConfig
 from saerl_cli.models import Loaded
+from saerl_cli.rl.adapters import peft_config
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
 from saerl_cli.rl.trainers.value import is_value_parameter
 
@@ -117,23 +118,23 @@ def test_full_needs_no_peft(tmp_path):
 def test_lora_matches_a_number_of_parameters(tmp_path, match, parameters):
     from peft import get_peft_model
 
-    config = choose(tmp_path, kind=AdapterKind.lora, match=match)
+    config = choose(tmp_path, kind="lora", match=match)
     policy = get_peft_model(tiny_model(tmp_path / "model"), config)
     assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == parameters
     assert len(config.target_modules) == (4 if match == 7680 else 1)
 
 
 def test_lora_targets_and_rank(tmp_path):
-    config = choose(tmp_path, kind=AdapterKind.lora, rank=3, alpha=6.0, targets=["dense"])
+    config = choose(tmp_path, kind="lora", rank=3, alpha=6.0, targets=["dense"])
     assert (config.r, config.lora_alpha, config.target_modules) == (3, 6.0, {"dense"})
     with pytest.raises(ValueError, match="no linear layer of this model is called q_proj; there are query_key_value"):
-        choose(tmp_path, kind=AdapterKind.lora, targets=["q_proj"])
+        choose(tmp_path, kind="lora", targets=["q_proj"])
     with pytest.raises(ValueError, match="no linear layer of this model is called lm_head"):
-        choose(tmp_path, kind=AdapterKind.lora, targets=["lm_head"])
+        choose(tmp_path, kind="lora", targets=["lm_head"])
 
 
 def test_ia3_on_chosen_layers(tmp_path):
-    config = choose(tmp_path, kind=AdapterKind.ia3, targets=["dense", "dense_4h_to_h"])
+    config = choose(tmp_path, kind="ia3", targets=["dense", "dense_4h_to_h"])
     assert config.target_modules == {"dense", "dense_4h_to_h"} and config.feedforward_modules == {"dense_4h_to_h"}
 
 
@@ -141,32 +142,32 @@ def test_a_model_without_biases_has_none_to_train(tmp_path):
     from adapter_fixtures import tiny_llama
 
     with pytest.raises(ValueError, match="has no biases, so adapter=bias_only has nothing to train"):
-        choose(tmp_path, tiny_llama(), kind=AdapterKind.bias_only)
+        choose(tmp_path, tiny_llama(), kind="bias_only")
 
 
 def test_vectors_on_a_llama_and_at_chosen_sites(tmp_path):
     from adapter_fixtures import tiny_llama
 
-    config = choose(tmp_path, tiny_llama(), kind=AdapterKind.steering_vector)
+    config = choose(tmp_path, tiny_llama(), kind="steering_vector")
     assert config.widths == {f"model.layers.{i}": 16 for i in range(3)}
-    config = choose(tmp_path, kind=AdapterKind.steering_vector, sites=["mlp_out.1", "resid_post.0"])
+    config = choose(tmp_path, kind="steering_vector", sites=["mlp_out.1", "resid_post.0"])
     assert config.widths == {"gpt_neox.layers.1.mlp": 32, "gpt_neox.layers.0": 32}
     with pytest.raises(ValueError, match="no site matches 'mlp_hidden"):
-        choose(tmp_path, tiny_llama(), kind=AdapterKind.neuron_basis)
+        choose(tmp_path, tiny_llama(), kind="neuron_basis")
 
 
 def test_a_shift_at_a_bias_is_that_bias_and_a_scale_is_a_column(tmp_path):
     from peft import get_peft_model
 
     base, ids = tiny_model(tmp_path / "model"), IDS
-    policy = get_peft_model(tiny_model(tmp_path / "model"), choose(tmp_path, kind=AdapterKind.bias_only))
+    policy = get_peft_model(tiny_model(tmp_path / "model"), choose(tmp_path, kind="bias_only"))
     name, vector = "gpt_neox.layers.0.attention.query_key_value", torch.linspace(-1, 1, 96)
     policy.base_model.model.get_submodule(name).activation_vector_v["default"].weight.data.copy_(vector)
     base.get_submodule(name).bias.data.add_(vector)
     torch.testing.assert_close(policy(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
 
     base = tiny_model(tmp_path / "model")
-    policy = get_peft_model(tiny_model(tmp_path / "model"), choose(tmp_path, kind=AdapterKind.neuron_basis))
+    policy = get_peft_model(tiny_model(tmp_path / "model"), choose(tmp_path, kind="neuron_basis"))
     vector = torch.linspace(-1, 1, 64)
     policy.base_model.model.gpt_neox.layers[1].mlp.act.activation_vector_v["default"].weight.data.copy_(vector)
     base.gpt_neox.layers[1].mlp.dense_4h_to_h.weight.data.mul_(1 + vector)
@@ -176,7 +177,7 @@ def test_a_shift_at_a_bias_is_that_bias_and_a_scale_is_a_column(tmp_path):
 def test_sites_inside_sites_take_vectors_too(tmp_path):
     from peft import get_peft_model
 
-    config = choose(tmp_path, kind=AdapterKind.steering_vector, sites=["mlp_out.1", "resid_post.1"])
+    config = choose(tmp_path, kind="steering_vector", sites=["mlp_out.1", "resid_post.1"])
     policy = get_peft_model(tiny_model(tmp_path / "model"), config)
     base = tiny_model(tmp_path / "model")(IDS).logits
     assert torch.equal(policy(IDS).logits, base)

@@ -334,12 +334,12 @@ def test_every_sae_of_a_plan_has_its_own_name(tiny_planted_model):
 
 
 def test_coefficients_on_a_transcoder_are_refused(tmp_path, tiny_planted_model):
-    from saerl_cli.config.adapter import AdapterConfig, AdapterKind
+    from saerl_cli.config.adapter import AdapterConfig
     from saerl_cli.models import describe
-    from saerl_cli.rl.check import check_saes
+    from saerl_cli.rl.adapters.coefficients import check_saes
 
     trained(tmp_path, site=SiteConfig(names=["mlp_in.1"], targets=["mlp_out.1"]))
     model = tiny().model
-    adapter = AdapterConfig(kind=AdapterKind.sparse_coeffs, saes=str(tmp_path))
+    adapter = AdapterConfig(kind="sparse_coeffs", saes=str(tmp_path))
     with pytest.raises(ValueError, match="is a transcoder, which predicts another site than mlp_in.1"):
         check_saes(adapter, model, describe(model))

@@ -6,34 +6,8 @@ from typing import Any
 
 from saerl_cli.config.groups import refuse_unless
 
-
-class AdapterKind(Enum):
-    """What RLHF may change."""
-
-    sparse_coeffs = "sparse_coeffs"
-    """A coefficient on every feature of trained SAEs."""
-    full = "full"
-    """Every weight."""
-    lora = "lora"
-    """Low-rank updates of linear layers (Hu et al. 2021)."""
-    ia3 = "ia3"
-    """A factor on keys, values and MLP hidden units (Liu et al. 2022)."""
-    steering_vector = "steering_vector"
-    """A vector added at every site."""
-    bias_only = "bias_only"
-    """The biases that the model has (BitFit, Ben Zaken et al. 2021)."""
-    random_dictionary = "random_dictionary"
-    """Coefficients on random directions: the control for the SAE's."""
-    neuron_basis = "neuron_basis"
-    """Coefficients on MLP neurons: the control for the SAE's basis."""
-
-
-COEFFICIENTS = (AdapterKind.sparse_coeffs, AdapterKind.random_dictionary)
-"""The kinds that put coefficients on the features of a dictionary."""
-VECTORS = (AdapterKind.steering_vector, AdapterKind.neuron_basis)
-"""The kinds that put one vector at every site."""
-SITES = {AdapterKind.steering_vector: ["resid_post.*"], AdapterKind.neuron_basis: ["mlp_hidden.*"]}
-"""Where vectors are put unless `adapter.sites` says otherwise."""
+COEFFICIENTS = ("sparse_coeffs", "random_dictionary")
+"""The adapters that put coefficients on the features of a dictionary."""
 
 
 class Splice(Enum):
@@ -121,8 +95,8 @@ class FeatureChoice:
 class AdapterConfig:
     """The trainable parameters of RLHF, beside the value head."""
 
-    kind: AdapterKind = AdapterKind.full
-    """`sparse_coeffs` or a baseline."""
+    kind: str = "full"
+    """What is trained: `sparse_coeffs`, `full` for every weight, or another option of the group `adapter`."""
     saes: str | None = None
     """Run directory of `saerl train-sae`, RUN/POINT for one point of its sweep, its `sae` folder, or any folder of SAE
     folders (sparse_coeffs, random_dictionary: the shapes and sparsity to imitate)."""
@@ -160,12 +134,12 @@ class AdapterConfig:
         refuse_unless(self.lr > 0, f"adapter.lr must be > 0, got {self.lr}")
         refuse_unless(self.weight_decay >= 0, f"adapter.weight_decay must be >= 0, got {self.weight_decay}")
         refuse_foreign(self)
-        if self.kind is AdapterKind.sparse_coeffs:
+        if self.kind == "sparse_coeffs":
             refuse_unless(
                 self.saes is not None,
                 "adapter=sparse_coeffs needs adapter.saes=DIR, the run directory of `saerl train-sae` on this model",
             )
-        if self.kind is AdapterKind.random_dictionary:
+        if self.kind == "random_dictionary":
             refuse_unless(
                 (self.saes is None) == bool(self.sites and self.d_sae and self.k)
                 and (self.saes is None or (self.d_sae, self.k) == (None, None)),
@@ -181,18 +155,18 @@ class AdapterConfig:
 
 OWNERS = {
     "saes": COEFFICIENTS,
-    "sites": (*COEFFICIENTS, *VECTORS),
+    "sites": (*COEFFICIENTS, "steering_vector", "neuron_basis"),
     "splice": COEFFICIENTS,
     "sparsity": COEFFICIENTS,
     "features": COEFFICIENTS,
     "freeze": COEFFICIENTS,
-    "d_sae": (AdapterKind.random_dictionary,),
-    "k": (AdapterKind.random_dictionary,),
-    "seed": (AdapterKind.random_dictionary,),
-    "rank": (AdapterKind.lora,),
-    "alpha": (AdapterKind.lora,),
-    "targets": (AdapterKind.lora, AdapterKind.ia3),
-    "match": (AdapterKind.lora,),
+    "d_sae": ("random_dictionary",),
+    "k": ("random_dictionary",),
+    "seed": ("random_dictionary",),
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "targets": ("lora", "ia3"),
+    "match": ("lora",),
 }
 """Setting -> the adapters that it belongs to; the others belong to all."""
 DEFAULTS: dict[str, Any] = {
@@ -213,10 +187,10 @@ def refuse_foreign(config: AdapterConfig) -> None:
     ]
     if foreign:
         names = " and ".join(f"adapter.{name}" for name in foreign)
-        kinds = " or ".join(f"adapter={kind.value}" for kind in OWNERS[foreign[0]])
-        flag = " (the flag --sparse-coeffs)" if AdapterKind.sparse_coeffs in OWNERS[foreign[0]] else ""
+        kinds = " or ".join(f"adapter={kind}" for kind in OWNERS[foreign[0]])
+        flag = " (the flag --sparse-coeffs)" if "sparse_coeffs" in OWNERS[foreign[0]] else ""
         verb = "belong" if len(foreign) > 1 else "belongs"
-        raise ValueError(f"{names} {verb} to {kinds}{flag}, not to adapter={config.kind.value}")
+        raise ValueError(f"{names} {verb} to {kinds}{flag}, not to adapter={config.kind}")
 
 
 def refuse_biases_and_gates(config: AdapterConfig) -> None:

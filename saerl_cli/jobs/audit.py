@@ -14,7 +14,7 @@ from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
 from saerl_cli.rewards.check import check_reward
-from saerl_cli.rl.chosen import chosen
+from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.runs import coefficient_run, deltas_of, policy_folder, run_config
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, write_json
@@ -31,7 +31,7 @@ def check(config: AuditConfig) -> None:
     deltas = deltas_of(config.policy, trained)
     if not has_moved(config.policy, trained):
         raise ValueError(f"all coefficients of {config.policy} are untouched: there is nothing to revert")
-    chosen(config.features, "features", trained.adapter.saes, {site: len(values) for site, values in deltas.items()})
+    select(config.features, "features", trained.adapter.saes, {site: len(values) for site, values in deltas.items()})
     for peer in config.peers:
         check_peer(peer, config.policy)
     describe(trained.model)

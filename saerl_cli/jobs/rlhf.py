@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.rl.check import check
+from saerl_cli.models import describe
+from saerl_cli.rewards.check import check_reward
+from saerl_cli.rl.adapters import adapter_of
+from saerl_cli.rl.prompts import check_answers, check_prompts
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.progress import say, task_bars
@@ -17,7 +20,33 @@ if TYPE_CHECKING:
     from saerl_cli.rl.policy import Policy
     from saerl_cli.rl.trainers.exact import ExactTrainer
 
-__all__ = ["check", "work"]
+
+def check(config: RlhfConfig) -> None:
+    """Refuse a run that cannot work.
+
+    Raises:
+        ValueError: one line saying what is wrong and what to write instead.
+    """
+    check_reward(config.reward)
+    description = describe(config.model)
+    adapter_of(config.adapter).check(config.adapter, config.model, description)
+    check_answers(config)
+    check_prompts(config, description)
+    check_examples(config)
+
+
+def check_examples(config: RlhfConfig) -> None:
+    """Refuse preference pairs, or examples of sft, that cannot be read."""
+    from saerl_cli.data.examples import labelled_documents, read_examples
+    from saerl_cli.data.pairs import read_pairs
+
+    algo = config.algo
+    if algo.kind is AlgoKind.dpo:
+        read_pairs(algo.pairs, config.model, "heldout")
+    if algo.examples is not None:
+        read_examples(algo.examples)
+    if algo.attribute is not None:
+        labelled_documents(config.data, config.model, algo.attribute, "heldout")
 
 
 def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:

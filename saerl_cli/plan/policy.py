@@ -1,12 +1,12 @@
 """A policy before it is trained: its sizes, and what sampling from it and measuring it take."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from saerl_cli.activations import row_length
-from saerl_cli.config.adapter import COEFFICIENTS, SITES, AdapterKind, Splice
 from saerl_cli.config.algo import AlgoKind, Critic
 from saerl_cli.config.groups import ModelConfig, ModelKind, Precision
 from saerl_cli.config.reward import RewardKind
@@ -27,6 +27,7 @@ from saerl_cli.plan.work import (
     logits,
     small,
 )
+from saerl_cli.rl.adapters import adapter_of, count_trained
 
 FILE_PROMPT = 128
 """Tokens of a prompt from a file."""
@@ -47,10 +48,10 @@ class Policy:
         self.shape, self.description = shape_of(config.model)
         self.notes: list[str] = []
         self.saes: list[Dictionary] = []
-        if self.adapter.kind in COEFFICIENTS:
+        if adapter_of(self.adapter).saes is not None:
             self.saes, notes = dictionaries(config.adapter, config.model, self.description, sae_words)
             self.notes += notes
-        self.full = self.adapter.kind is AdapterKind.full
+        self.full = adapter_of(self.adapter).whole_model
         low = config.launch.mixed_precision is not Precision.no
         self.dtype = config.model.dtype.value
         self.computes = "bfloat16" if low else self.dtype  # what products are computed in during training
@@ -66,47 +67,16 @@ class Policy:
             self.notes.append("every completion is taken to be algo.max_new_tokens long; --length N says otherwise")
         self.seq = self.prompt + self.new
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """Numbers that the adapter trains."""
-        adapter, shape = self.adapter, self.shape
         if self.full:
-            return shape.parameters
-        if adapter.kind in COEFFICIENTS:
-            vectors = 1 + (adapter.splice is Splice.pre_activation) + (adapter.sparsity.hard_concrete is not None)
-            return vectors * sum(sae.d_sae for sae in self.saes)
-        if adapter.kind is AdapterKind.bias_only:
-            return shape.biases
-        if adapter.kind is AdapterKind.lora:
-            return self.lora()
-        if adapter.kind is AdapterKind.ia3:
-            return self.ia3()
-        return sum(site.width for site in self.sites())
+            return self.shape.parameters
+        return count_trained(self.adapter, self.description, {sae.site: sae.d_sae for sae in self.saes})
 
     def sites(self) -> list[Any]:
         """Where vectors are put."""
-        return resolve_sites(self.adapter.sites or SITES[self.adapter.kind], self.description)
-
-    def lora(self) -> int:
-        """R (in + out) for every layer adapted, r chosen as `saerl_cli.adapter.choose` does."""
-        chosen = self.adapter.targets
-        every = [one for one in self.shape.linears if chosen is None or one.name in chosen]
-        if self.adapter.match is None:
-            return (self.adapter.rank or 1) * self.shape.layers * sum(one.inputs + one.outputs for one in every)
-        groups = [every] if chosen else [every, *([one] for one in every)]
-        sizes = [self.shape.layers * sum(one.inputs + one.outputs for one in group) for group in groups]
-        numbers = [max(1, round(self.adapter.match / size)) * size for size in sizes]
-        return min(numbers, key=lambda found: abs(found - (self.adapter.match or 0)))
-
-    def ia3(self) -> int:
-        """A factor on queries, keys and values, or the outputs of named layers, and on the MLP's hidden units."""
-        inside = {"gpt_neox": ["dense_4h_to_h"]}.get(self.shape.family, ["down_proj"])
-        usual = {"gpt_neox": ["query_key_value", "dense_4h_to_h"]}.get(
-            self.shape.family, ["k_proj", "v_proj", "down_proj"]
-        )
-        names = self.adapter.targets or usual
-        widths = [one.inputs if one.name in inside else one.outputs for one in self.shape.linears if one.name in names]
-        return self.shape.layers * sum(widths)
+        return resolve_sites(self.adapter.sites or adapter_of(self.adapter).sites, self.description)
 
     @property
     def critic(self) -> int:
@@ -119,7 +89,7 @@ class Policy:
     @property
     def sited(self) -> bool:
         """Whether all that is trained lies at sites, so that gradients end at the lowest."""
-        return bool(self.saes) or self.adapter.kind in SITES
+        return bool(self.saes or adapter_of(self.adapter).sites)
 
     @property
     def lowest(self) -> int:
@@ -214,7 +184,7 @@ def held(policy: Policy) -> dict[str, float]:
     stays = weights(policy.shape, SIZE[policy.dtype], launch)
     if policy.full:
         stays["its frozen copy"] = stays["language model"]
-    elif policy.adapter.kind is not AdapterKind.bias_only or trained:
+    elif trained:
         stays["adapter"] = 4.0 * trained
     if policy.saes:
         stays["SAEs"] = 4.0 * sum(sae.parameters for sae in policy.saes)

@@ -1,7 +1,6 @@
 """`saerl rlhf` before it runs: what all algorithms have around their training."""
 
 from saerl_cli.activations import row_length
-from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.plan import rollouts, supervised
 from saerl_cli.plan.policy import (
@@ -17,6 +16,7 @@ from saerl_cli.plan.policy import (
 )
 from saerl_cli.plan.text import PROMPT_BYTES, reading
 from saerl_cli.plan.work import Estimate, Phase, Work, small, start
+from saerl_cli.rl.adapters import adapter_of
 
 LABEL_ROWS = 64
 """Held-out rows by which the most moved features are named (`saerl_cli.rl.summary`), encoded all at once."""
@@ -84,5 +84,5 @@ def naming(policy: Policy) -> Phase:
 
 def snapshots(config: RlhfConfig) -> int:
     """Policies kept along the way."""
-    usual = 0 if config.adapter.kind is AdapterKind.full else 8
+    usual = 0 if adapter_of(config.adapter).whole_model else 8
     return min(config.algo.phases - 1, usual if config.snapshots is None else config.snapshots)

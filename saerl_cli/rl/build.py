@@ -9,13 +9,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from saerl_cli.activations import documents, row_length, token_rows
-from saerl_cli.adapter import peft_config
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import PromptKind, RlhfConfig
 from saerl_cli.data.prompts import Prompt, refuse_too_few
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
-from saerl_cli.rl.dictionaries import dictionaries, restraint
+from saerl_cli.rl.adapters import adapter_of, peft_config
+from saerl_cli.rl.adapters.sparsity import restraint
 from saerl_cli.rl.evaluation.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
 from saerl_cli.rl.prompts import choose_prompts, refuse_few_questions
@@ -79,7 +79,8 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
     else:
         refuse_few_questions(len(prompts), config.algo)
     rows = heldout_rows(config, loaded.context_size, loaded.tokenizer, heldout)
-    saes = dictionaries(config.adapter, loaded, rows, run)
+    find_saes = adapter_of(config.adapter).saes
+    saes = {} if find_saes is None else find_saes(config.adapter, loaded, rows, run)
     examples = None
     if config.algo.kind is AlgoKind.rwr:
         drawn = draws(config, run, loaded.model, loaded.tokenizer, eos_token_ids(loaded), prompts, reward)

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.groups import ModelConfig, ModelKind
 from saerl_cli.run.files import atomic_folder, read_json, write_json, write_safetensors, write_text
 from saerl_cli.sae.export import MANIFEST, beside, refuse_occupied
@@ -62,12 +61,13 @@ def find_policy(path: Path) -> Source:
     Raises:
         ValueError: it is neither, or the run has not finished.
     """
+    from saerl_cli.rl.adapters import adapter_of
     from saerl_cli.rl.runs import policy_folder, run_config
 
     if (path / CONFIG).is_file():
         return Source(path, path, full=False)
     config = run_config(path)
-    return Source(path, policy_folder(path, config), config.adapter.kind is AdapterKind.full)
+    return Source(path, policy_folder(path, config), adapter_of(config.adapter).whole_model)
 
 
 @contextmanager

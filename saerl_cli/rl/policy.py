@@ -8,9 +8,10 @@ from typing import Any
 
 from trl.trainer.utils import use_adapter
 
-from saerl_cli.config.adapter import AdapterKind, Splice
+from saerl_cli.config.adapter import Splice
 from saerl_cli.config.groups import Dtype, LaunchConfig, ModelConfig, ModelKind
 from saerl_cli.models import Loaded, eos_token_ids, load_model
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.runs import policy_folder, run_config
 from saerl_cli.rl.trainers.exact import sample_what_is_scored
 from saerl_cli.run import shards
@@ -68,7 +69,7 @@ def load_policy(run_path: Path | str, device: Any = None, launch: LaunchConfig |
             f"{run_path} was trained on other weights (sha256 {trained_on[:12]}) than {loaded.name} has now"
             f" ({loaded.sha256[:12]})"
         )
-    if config.adapter.kind is AdapterKind.full:
+    if adapter_of(config.adapter).whole_model:
         return full_policy(loaded, folder, device, launch)
     return adapter_policy(loaded, folder, config.adapter.splice)
 

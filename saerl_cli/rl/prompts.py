@@ -1,15 +1,17 @@
 """Which prompts a run takes: beginnings of documents, or questions with right answers. Imports no torch."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 from saerl_cli.activations import documents
 from saerl_cli.config.algo import AlgoConfig
-from saerl_cli.config.groups import ModelKind
+from saerl_cli.config.groups import DataKind, ModelConfig, ModelKind
 from saerl_cli.config.reward import Match, RewardKind
 from saerl_cli.config.rlhf import PromptConfig, PromptKind, RlhfConfig
-from saerl_cli.data.prompts import Prompt, build_prompts
+from saerl_cli.data.prompts import Prompt, build_prompts, cut_prompts, refuse_too_few
 from saerl_cli.data.questions import Question, arithmetic_questions, file_questions
+from saerl_cli.models import context_size, light_tokenizer, locate
 from saerl_cli.rewards.patterns import last_number, needs_answers
 from saerl_cli.run.progress import say
 
@@ -58,6 +60,54 @@ def check_questions(config: RlhfConfig, encode: Callable[[str], list[int]] | Non
     longest = context - config.algo.max_new_tokens
     fitting(heldout, encode, longest)
     return len(fitting(train, encode, longest)[: config.prompts.count])
+
+
+def check_prompts(config: RlhfConfig, description: Any) -> None:
+    """Refuse prompts that are too few, or too long together with their completions."""
+    if config.prompts.kind is not PromptKind.documents:
+        available = check_questions(config, light_encoder(config.model), context_size(description))
+        if available is not None:
+            refuse_few_questions(available, config.algo)
+        return
+    asked, context = config.prompts.tokens + config.algo.max_new_tokens, context_size(description)
+    if asked > context:
+        raise ValueError(
+            f"prompts.tokens={config.prompts.tokens} + algo.max_new_tokens={config.algo.max_new_tokens} = {asked}"
+            f" tokens exceed the model's context of {context}; lower one of them"
+        )
+    encode = light_encoder(config.model)
+    if encode is None:
+        return
+    texts = first_documents(config, "train")
+    needed = max(1, config.algo.prompts_per_phase)
+    limit = needed if config.prompts.count is None else min(config.prompts.count, needed)
+    available = len(cut_prompts(texts, encode, config.prompts.tokens, limit))
+    refuse_too_few(available, config.algo, config.prompts.tokens)
+    if not cut_prompts(first_documents(config, "heldout"), encode, config.prompts.tokens, 1):
+        raise ValueError(f"no held-out document has more than prompts.tokens={config.prompts.tokens} tokens; lower it")
+
+
+def first_documents(config: RlhfConfig, split: str) -> Iterable[str]:
+    """The texts of a split; those of the planted language are written only as far as they are read."""
+    if config.data.kind is DataKind.planted and config.model.kind is ModelKind.planted:
+        from saerl_cli.planted.cache import planted_documents
+
+        reviews = planted_documents(config.model.planted, split)
+        return (" ".join(review.words) for review in islice(reviews, config.data.max_documents))
+    return documents(config.data, config.model, split)
+
+
+def light_encoder(model: ModelConfig) -> Callable[[str], list[int]] | None:
+    """Text to token ids without special tokens; None where only transformers can read the tokenizer."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.planted.language import VOCABULARY, split_words
+
+        ids = {word: index for index, word in enumerate(VOCABULARY)}
+        return lambda text: [ids.get(word, -1) for word in split_words(text)]
+    tokenizer = light_tokenizer(locate(model))
+    if tokenizer is None:
+        return None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def refuse_few_questions(available: int, algo: AlgoConfig) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from omegaconf.errors import OmegaConfBaseException
 
 from saerl_cli.config import typed
-from saerl_cli.config.adapter import COEFFICIENTS, AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
 
@@ -42,9 +42,9 @@ def coefficient_run(run_path: Path | str) -> RlhfConfig:
         ValueError: it is no run of that kind, or has not finished.
     """
     config = run_config(run_path)
-    if config.adapter.kind not in COEFFICIENTS:
+    if adapter_of(config.adapter).saes is None:
         raise ValueError(
-            f"{run_path} trained adapter={config.adapter.kind.value}, which has no coefficients of features; give a run"
+            f"{run_path} trained adapter={config.adapter.kind}, which has no coefficients of features; give a run"
             " of `saerl rlhf --sparse-coeffs` or of adapter=random_dictionary"
         )
     run = Run(run_path)
@@ -73,7 +73,7 @@ def policy_folder(run_path: Path | str, config: RlhfConfig) -> Path:
     Raises:
         ValueError: the run has not finished.
     """
-    folder = Path(run_path) / ("model" if config.adapter.kind is AdapterKind.full else "adapter")
+    folder = Path(run_path) / ("model" if adapter_of(config.adapter).whole_model else "adapter")
     if not folder.is_dir():
         raise ValueError(f"{run_path} has no {folder.name} folder: the run has not finished; run its command again")
     return folder

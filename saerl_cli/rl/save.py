@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from saerl_cli.adapter import save_adapter
-from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.models import without_weights
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.build import Parts
 from saerl_cli.rl.trainers.exact import ExactTrainer
 from saerl_cli.rl.trainers.value import without_value_head
@@ -19,7 +19,7 @@ from saerl_cli.run.files import atomic_folder
 def save_policy(trainer: ExactTrainer, parts: Parts) -> None:
     """Write RUN/adapter (a PEFT folder of what was trained) or RUN/model (weights and tokenizer), whole or absent."""
     model, run = trainer.accelerator.unwrap_model(trainer.model), parts.run
-    if parts.config.adapter.kind is AdapterKind.full:
+    if adapter_of(parts.config.adapter).whole_model:
         state = shards.on_cpu(without_value_head(model.state_dict()).items(), run.writes)
         if run.writes:
             with atomic_folder(run.path / "model", replace=True) as folder:

@@ -49,7 +49,7 @@ def summarise(parts: Parts, trainer: ExactTrainer, policy: Policy) -> dict[str, 
     episodes = algo.phases * (algo.rollouts if algo.samples else algo.steps * algo.batch_size)
     numbers |= task_numbers(parts, trainer, policy, numbers)
     return {
-        "adapter": config.adapter.kind.value,
+        "adapter": config.adapter.kind,
         "algo": algo.kind.value,
         "trainable_parameters": sum(sizes.values()) - value,
         "value_parameters": value,

@@ -33,7 +33,7 @@ from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.reward import RewardConfig, RewardKind
 from saerl_cli.config.rlhf import EvaluationConfig
-from saerl_cli.rl.chosen import chosen as named_features
+from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
 from saerl_cli.rl.runs import deltas_of, run_config
@@ -101,7 +101,7 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
     numbers: Numbers = {
         "version": VERSION,
         "policy": str(Path(config.policy)),
-        "adapter": trained.adapter.kind.value,
+        "adapter": trained.adapter.kind,
         "splice": trained.adapter.splice.value,
         "seed": config.seed,
         "prompts": config.evaluation.samples,
@@ -196,7 +196,7 @@ def reverted(setting: Setting, gain: Gain) -> Numbers:
     """`reverts`, `pairs` and `shares`: what the first features and those asked for do, and what all of them are."""
     config, order, coefficients = setting.config, setting.order, setting.coefficients
     sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
-    wanted = named_features(config.features, "features", setting.bench.trained.adapter.saes, sizes)
+    wanted = select(config.features, "features", setting.bench.trained.adapter.saes, sizes)
     asked = {f"{site}:{feature}" for site, features in wanted.items() for feature in features}
     names = {coefficients.name(i): i for i in order} if asked else {}
     for name in sorted(asked - names.keys()):

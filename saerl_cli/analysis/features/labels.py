@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.rl.chosen import labels_of
+from saerl_cli.rl.adapters.selection import labels_of
 
 SHARE, MOST = 0.1, 3
 """A token names a feature where it has so much of its summed activation; so many do at most."""

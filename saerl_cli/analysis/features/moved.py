@@ -33,11 +33,11 @@ from saerl_cli.analysis.features.stream import (
     take_census,
     windows_at,
 )
-from saerl_cli.config.adapter import COEFFICIENTS
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.models import load_model, resolve_sites
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.runs import policy_folder, run_config, snapshot_files
 from saerl_cli.run.files import write_json
@@ -59,8 +59,8 @@ def coefficient_folder(run: Path | str) -> tuple[RlhfConfig, Path]:
         ValueError: no such run, not finished, or without coefficients.
     """
     config = run_config(run)
-    if config.adapter.kind not in COEFFICIENTS:
-        raise ValueError(f"{run} trained adapter={config.adapter.kind.value}: it has no coefficients of features")
+    if adapter_of(config.adapter).saes is None:
+        raise ValueError(f"{run} trained adapter={config.adapter.kind}: it has no coefficients of features")
     return config, policy_folder(run, config)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.config.groups import DataConfig, ModelConfig
 from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.rl.chosen import by_number
+from saerl_cli.rl.adapters.selection import by_number
 from saerl_cli.rl.runs import coefficient_run, policy_folder
 from saerl_cli.sae.evaluate import combined, recorded_settings
 from saerl_cli.sae.files import find_saes, read_sae_config

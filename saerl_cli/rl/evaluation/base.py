@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from saerl_cli.config.adapter import AdapterKind, Splice
+from saerl_cli.config.adapter import Splice
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.run.directory import Run, write_jsonl
@@ -31,7 +31,7 @@ Base = list[dict[str, Any]]
 def measured_by(config: EvaluateConfig, trained: RlhfConfig) -> dict[str, Any]:
     """What two evaluations must share to be comparable, beside their prompts: reference, reward and sampling."""
     inputs = Run(config.policy).record.get("inputs", {})
-    reconstructs = trained.adapter.kind is not AdapterKind.full and trained.adapter.splice is Splice.reconstruct
+    reconstructs = trained.adapter.splice is Splice.reconstruct
     saes = {site: sae["sha256"] for site, sae in inputs.get("sae", {}).items()} if reconstructs else {}
     return {
         "model": inputs.get("model", {}).get("sha256"),

@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any, team: Team = ALONE) 
     final = point(last, bench.policy, baseline, after, numbers["nll_heldout_after"])
     numbers = {
         "policy": str(Path(config.policy)),
-        "adapter": bench.trained.adapter.kind.value,
+        "adapter": bench.trained.adapter.kind,
         "seed": config.seed,
         **numbers,
         **curse_words(numbers),
@@ -185,19 +185,23 @@ def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any
 def learned(bench: Bench) -> "list[tuple[Tensor, Tensor, Tensor]]":
     """The policy's trained parameters, what each is in the reference, and what training made of it.
 
-    Of LoRA's two factors only the second, which is 0 in the reference, so that their product follows a line; gates
-    stay as they are.
+    What the adapter's entry calls undecided stays as it is: of LoRA's two factors the first, so that their product
+    follows a line, and gates.
     """
     import torch
 
+    from saerl_cli.rl.adapters import adapter_of
+
     policy = bench.policy
     trained = Run(bench.config.policy).record["trainable"].keys()
+    untouched = adapter_of(bench.trained.adapter).untouched
     base = {} if policy.reference_model is None else dict(policy.reference_model.named_parameters())
     found = []
     for name, parameter in policy.model.named_parameters():
-        if name not in trained or any(part in name for part in ("lora_A", "sparse_coeffs_gate")):
+        value = next((value for part, value in untouched.items() if part in name), 0.0)
+        if name not in trained or value is None:
             continue
-        reference = base[name] if base else torch.full_like(parameter, 1.0 if "ia3" in name else 0.0)
+        reference = base[name] if base else torch.full_like(parameter, value)
         found.append((parameter, reference.detach().clone(), parameter.detach().clone()))
     return found
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.algo import AlgoKind, Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, RWRPhases, SFTPhases
 from saerl_cli.rl.trainers.ppo_config import PPOConfig
 
@@ -81,7 +81,7 @@ def split_arguments(config: RlhfConfig) -> dict[str, Any]:
 
     The Trainer refuses to save its own optimiser state then; ours is saved all the same (`exact`).
     """
-    copied = config.adapter.kind is AdapterKind.full
+    copied = adapter_of(config.adapter).whole_model
     init = {"model_init_kwargs": {"distributed_config": {"fsdp_size": config.launch.shards}}} if copied else {}
     return {"save_only_model": True, **init}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saerl_cli.config.adapter import AdapterKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.runs import snapshot_files
 from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
@@ -24,7 +24,7 @@ def phases_kept(config: RlhfConfig) -> set[int]:
     """Phases after which the policy is kept, evenly between the first and the last; neither 0 nor the last."""
     count, phases = config.snapshots, config.algo.phases
     if count is None:
-        count = 0 if config.adapter.kind is AdapterKind.full else ADAPTER_SNAPSHOTS
+        count = 0 if adapter_of(config.adapter).whole_model else ADAPTER_SNAPSHOTS
     return {i * phases // (count + 1) for i in range(1, count + 1)} - {0, phases}
 
 

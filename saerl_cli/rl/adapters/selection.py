@@ -8,11 +8,11 @@ from typing import Any
 from saerl_cli.config.adapter import AdapterConfig, FeatureChoice
 from saerl_cli.run.files import read_json
 
-Chosen = dict[str, set[int]]
+Selection = dict[str, set[int]]
 """Site -> features."""
 
 
-def free_features(adapter: AdapterConfig, sizes: Mapping[str, int]) -> Chosen | None:
+def free_features(adapter: AdapterConfig, sizes: Mapping[str, int]) -> Selection | None:
     """The features that `adapter.features` and `adapter.freeze` leave trainable; None where that is all of them.
 
     Args:
@@ -24,25 +24,25 @@ def free_features(adapter: AdapterConfig, sizes: Mapping[str, int]) -> Chosen | 
     """
     if adapter.features.empty() and adapter.freeze.empty():
         return None
-    free: Chosen = {site: set(range(size)) for site, size in sizes.items()}
+    free: Selection = {site: set(range(size)) for site, size in sizes.items()}
     if not adapter.features.empty():
-        named = chosen(adapter.features, "adapter.features", adapter.saes, sizes)
+        named = select(adapter.features, "adapter.features", adapter.saes, sizes)
         free = {site: named.get(site, set()) for site in sizes}
     if not adapter.freeze.empty():
-        frozen = chosen(adapter.freeze, "adapter.freeze", adapter.saes, sizes)
+        frozen = select(adapter.freeze, "adapter.freeze", adapter.saes, sizes)
         free = {site: features - frozen.get(site, set()) for site, features in free.items()}
     if not any(free.values()):
         raise ValueError("adapter.features and adapter.freeze leave no feature to train")
     return free
 
 
-def chosen(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping[str, int]) -> Chosen:
+def select(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping[str, int]) -> Selection:
     """The features that a choice names.
 
     Raises:
         ValueError: an unknown site, feature, label or attribute.
     """
-    found: Chosen = {}
+    found: Selection = {}
     parts = (
         by_number(choice.ids or [], f"{setting}.ids", sizes),
         by_label(choice, setting, sizes) if choice.pattern is not None else {},
@@ -54,13 +54,13 @@ def chosen(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping
     return found
 
 
-def by_number(ids: list[str], setting: str, sizes: Mapping[str, int]) -> Chosen:
+def by_number(ids: list[str], setting: str, sizes: Mapping[str, int]) -> Selection:
     """Features given as SITE:FEATURE or SITE:FIRST-LAST.
 
     Raises:
         ValueError: one that is written otherwise, or that is not there.
     """
-    found: Chosen = {}
+    found: Selection = {}
     for text in ids:
         match = re.fullmatch(r"(.+):(\d+)(?:-(\d+))?", text)
         if match is None:
@@ -73,7 +73,7 @@ def by_number(ids: list[str], setting: str, sizes: Mapping[str, int]) -> Chosen:
     return found
 
 
-def by_label(choice: FeatureChoice, setting: str, sizes: Mapping[str, int]) -> Chosen:
+def by_label(choice: FeatureChoice, setting: str, sizes: Mapping[str, int]) -> Selection:
     """Features whose label holds the pattern."""
     path = Path(choice.labels or "")
     if not path.is_file():
@@ -82,7 +82,7 @@ def by_label(choice: FeatureChoice, setting: str, sizes: Mapping[str, int]) -> C
         pattern = re.compile(choice.pattern or "", re.IGNORECASE)
     except re.error as error:
         raise ValueError(f"{setting}.pattern is no regular expression: {error}") from None
-    found: Chosen = {}
+    found: Selection = {}
     for site, labels in labels_of(path).items():
         matching = {feature for feature, label in labels.items() if pattern.search(label)}
         if matching and site in sizes:
@@ -101,7 +101,7 @@ def labels_of(path: Path) -> dict[str, dict[int, str]]:
         raise ValueError(f"{path} is no label file; it must be JSON of the form {{SITE: {{FEATURE: label}}}}") from None
 
 
-def by_attribute(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping[str, int]) -> Chosen:
+def by_attribute(choice: FeatureChoice, setting: str, saes: str | None, sizes: Mapping[str, int]) -> Selection:
     """The feature that stands best for each attribute at every site, where its F1 suffices.
 
     Raises:
@@ -109,7 +109,7 @@ def by_attribute(choice: FeatureChoice, setting: str, saes: str | None, sizes: M
     """
     graded = {site: numbers.get("attributes", {}) for site, numbers in summary_of(saes, setting).items()}
     known = sorted({name for attributes in graded.values() for name in attributes})
-    found: Chosen = {}
+    found: Selection = {}
     for name in choice.attributes or []:
         if name not in known:
             raise ValueError(
