@@ -29,7 +29,7 @@ test: check ## Check, then run the default tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(READY) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm and not browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not slurm and not browser"
 
 test-dist: $(READY) ## Run the tests that start two processes
 	$(BIN)/python -m pytest -m "dist and not gpu and not slurm"

@@ -1,7 +1,7 @@
-"""A run with greedy completions, in one or two processes: `python rl_ranks.py FOLDER NAME ADAPTER ALGO [nocache]`.
+"""Runs with greedy completions, in one or two processes: `python rl_ranks.py FOLDER`, which makes FOLDER/CASE/.
 
 Greedy completions depend on the prompt alone, and with one minibatch a phase is the same set of completions however
-it is split over processes; what is learned must then be the same.
+it is split over processes; what is learned must then be the same. One start makes all runs.
 """
 
 import json
@@ -18,6 +18,15 @@ from saerl_cli.run.worker import leave
 
 ROLLOUTS = {"steps_per_generation": 1, "num_iterations": 3, "kl_target": 0.5}
 PHASES = {"ppo": {**ROLLOUTS, "stop_epochs_kl": 0.03}, "grpo": ROLLOUTS, "rloo": ROLLOUTS}
+GATES = SparsityConfig(hard_concrete=1e-3, l1=0.01, max_delta=0.5)
+CASES = {
+    "ppo": {},
+    "ppo without the cache": {"prefix_cache": False},
+    "gates": {"sparsity": GATES},
+    **{algo: {"algo": algo} for algo in ("grpo", "rloo", "sft", "dpo", "rwr")},
+    **{adapter: {"adapter": adapter} for adapter in ("full", "lora", "bias_only")},
+}
+"""Runs of `sparse_coeffs` by PPO, and what is different in them."""
 
 
 def tell_apart(trainer) -> None:
@@ -33,18 +42,14 @@ def tell_apart(trainer) -> None:
     trainer._generate = differing
 
 
-def main(folder: Path, name: str, adapter: str, algo: str, *flags: str) -> None:
-    torch.set_num_threads(1)
+def learn(folder: Path, name: str, algo: str = "ppo", **settings) -> None:
+    """Train, and save what was learned and what was logged."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows, given = [], {}
-    if adapter == "gated":
-        adapter, given = "sparse_coeffs", {"sparsity": SparsityConfig(hard_concrete=1e-3, l1=0.01, max_delta=0.5)}
-    given |= PHASES.get(algo, {"phase_steps": 3})
-    if "nocache" in flags:
-        given["prefix_cache"] = False
+    rows = []
     trainer = build_trainer(
-        folder, adapter, algo=algo, per_device_train_batch_size=16 // world, max_steps=9, on_phase=rows.append,
-        **given, ddp_backend="gloo" if world > 1 else None, lr_scheduler_type="constant",
+        folder, algo=algo, per_device_train_batch_size=16 // world, max_steps=9, on_phase=rows.append,
+        **PHASES.get(algo, {"phase_steps": 3}), **settings, ddp_backend="gloo" if world > 1 else None,
+        lr_scheduler_type="constant",
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world
     if algo in ("grpo", "rloo"):
@@ -54,12 +59,18 @@ def main(folder: Path, name: str, adapter: str, algo: str, *flags: str) -> None:
         trainer.generation_config.top_k = trainer.generation_config.temperature = None  # else generate() warns
     trainer.train()
     if trainer.accelerator.is_main_process:
-        save_file(trained(trainer), folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps(rows))
+        (folder / name).mkdir(parents=True)
+        save_file(trained(trainer), folder / name / "learned.safetensors")
+        (folder / name / "rows.json").write_text(json.dumps(rows))
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name, settings in CASES.items():
+        learn(folder, name, **settings)
     leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -115,12 +115,17 @@ def compare(folder: Path, settings: dict) -> dict:
         "parameters": max((first[name] - second[name]).abs().max().item() for name in first),
         "moments": moments,
         "rows": [sorted(row) for row in whole_rows] == [sorted(row) for row in split_rows],
-        "metrics": max(abs(a[key] - b[key]) for a, b in zip(whole_rows, split_rows, strict=True) for key in a),
+        "metrics": max(apart(a[key], b[key]) for a, b in zip(whole_rows, split_rows, strict=True) for key in a),
         "moved": moved,
         "restored": back,
         "turns": len(turns),
         "lowest": [LOWEST.count(False), LOWEST.count(True)],
     }
+
+
+def apart(one: float, two: float) -> float:
+    """Their difference, of numbers beyond 1 as a share of them."""
+    return abs(one - two) / max(1.0, abs(one))
 
 
 def initial(folder: Path, settings: dict) -> list[torch.Tensor]:

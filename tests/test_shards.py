@@ -12,9 +12,8 @@ import pytest
 import test_rl_job
 from conftest import TINY_WORDS
 from rl_fixtures import build_trainer, tiny_sae
-from safetensors.torch import load_file
 from shard_ranks import CASES, tiny_llama
-from test_processes import LM, same, text  # noqa: F401 (a fixture)
+from test_processes import LM, apart, same, text  # noqa: F401 (a fixture)
 
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
@@ -36,6 +35,17 @@ def test_alone_everything_is_left_as_it_is():
     assert shards.split_as(tensor, torch.zeros(3)) is tensor
     assert shards.on_cpu([("a", tensor)], wanted=False) == {}
 
+
+REORDERED_NORM = {"parameters": 2e-6, "moments": 2e-6, "metrics": 3e-5}
+"""How far two runs may be apart, metrics beyond 1 as a share of them, whose gradients' norms are sums of the same
+n = 20,000 float32 numbers in different orders: by a share of sqrt(n) 2^-24 = 8e-6, whatever the processor's order is.
+
+Clipping hands that share to all gradients of a step. Moments, of gradients below 0.1, follow: 8e-7. Adam divides by the
+root of the mean square, so a step changes by twice the share at most, and 16 of them, which move a weight by 0.01, by
+2e-7; rounding weights below 1 after each of them adds 16 x 2^-24 = 1e-6. Metrics are the norm itself, 8e-6, and
+functions of such weights: their gradient, 10, times the distance of n weights of 0.1 that are rounded, sqrt(n) x 1e-8:
+1.4e-5.
+"""
 
 # --- in two processes ------------------------------------------------------------------------------------------------
 
@@ -70,11 +80,12 @@ class TestTwoRanks:
     @pytest.mark.parametrize("case", CASES)
     def test_training(self, found, case):
         """To the bit, but for the norm of gradients that are split themselves, which is added up in another order."""
+        allowed = REORDERED_NORM if case.startswith("full") else dict.fromkeys(REORDERED_NORM, 0)
         for numbers in (rank[case] for rank in found):
             assert numbers["moved"] > 1e-3
             assert numbers["rows"] and numbers["restored"]
-            for what in ("parameters", "moments", "metrics"):
-                assert numbers[what] <= (1e-6 if case.startswith("full") else 0), what
+            for what, most in allowed.items():
+                assert numbers[what] <= most, what
 
     def test_what_is_replayed_is_not_gathered(self, found):
         """The lowest block is frozen: split, it runs in sampling and once a rollout; whole, it returns what is kept."""
@@ -110,8 +121,9 @@ class TestCommands:
         words = (*LM, "data=text", f"data.path={text}", "model.planted.batch_size=16")
         whole, split = whole_and_split(saerl, *words)
         assert files_of(whole) == files_of(split)
-        for name, tensor in load_file(whole / "model" / "model.safetensors").items():
-            assert (tensor - load_file(split / "model" / "model.safetensors")[name]).abs().max() < 1e-5, name
+        assert (
+            apart(whole, split) < 1e-5
+        )  # 30 steps that move a weight by 0.1, times twice what the norm is off by: 2e-6
         same(*(read_jsonl(run / "metrics.jsonl") for run in (whole, split)), rel=1e-5)
         killed(("train-lm", *words[1:], *SPLIT), Path("killed"), lines=3)
         again = saerl(*words, *SPLIT, "hydra.run.dir=killed")
@@ -164,9 +176,7 @@ class TestCommands:
                 assert (whole / file).read_bytes() == (split / file).read_bytes()
             same(*(no_memory(read_json(run / "summary.json")) for run in (whole, split)), rel=1e-9)
         else:
-            saved = [load_file(run / policy) for run in (whole, split)]
-            assert saved[0].keys() == saved[1].keys()
-            assert all((tensor - saved[1][name]).abs().max() < 1e-4 for name, tensor in saved[0].items())
+            assert apart(whole, split) < 1e-4  # as `REORDERED_NORM`, at three times the learning rate
             assert read_json(whole / "model/config.json") == read_json(split / "model/config.json")
         killed((*words, *SPLIT), Path("killed"), lines=2)
         again = saerl(*words, *SPLIT, "hydra.run.dir=killed")
