@@ -17,7 +17,7 @@ from saerl_cli.analysis.attribution import moved
 from saerl_cli.analysis.audit import classify
 from saerl_cli.config import typed
 from saerl_cli.config.audit import AuditConfig
-from saerl_cli.config.reward import RewardConfig, RewardKind, RewardPart
+from saerl_cli.config.reward import RewardConfig, RewardPart
 from saerl_cli.jobs import audit as job
 from saerl_cli.run.directory import Run
 from saerl_cli.sae.files import load_sae, save_sae
@@ -284,14 +284,10 @@ def test_words_that_earn_something():
     def tokens(**part) -> list[int]:
         return classify.rewarded_tokens(RewardConfig({"x": RewardPart(**part)}), Words())
 
-    assert tokens(kind=RewardKind.planted, attribute="cursing") == [1]
-    assert tokens(kind=RewardKind.lexicon, words={"Film": 1.0, "damn": -1.0}) == [1, 6]
-    assert tokens(kind=RewardKind.count, pattern="^w") == [3]
-    assert (
-        tokens(kind=RewardKind.python, function="m:f")
-        == []
-        == tokens(kind=RewardKind.planted, attribute="after_cursing")
-    )
+    assert tokens(kind="planted", attribute="cursing") == [1]
+    assert tokens(kind="lexicon", words={"Film": 1.0, "damn": -1.0}) == [1, 6]
+    assert tokens(kind="count", pattern="^w") == [3]
+    assert tokens(kind="python", function="m:f") == [] == tokens(kind="planted", attribute="after_cursing")
 
 
 def test_directions_are_weighed_against_the_vocabulary(policy, saes):

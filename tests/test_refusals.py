@@ -125,8 +125,8 @@ CONTRADICTIONS = [
     Case("rlhf reward.parts={a:{kind:planted}}", "a reward part of kind planted needs attribute"),
     Case("rlhf model.world.seed=3", "model.world is called model.planted now"),
     Case("train-lm -m model.world.seed=1,2", "model.world is called model.planted now"),
-    Case("rlhf reward=cursing reward.parts.cursing.kind=world", "parts.cursing.kind=world is called planted now"),
-    Case("rlhf reward.parts={a:{kind:world,attribute:polite}}", "reward.parts.a.kind=world is called planted now"),
+    Case("rlhf reward=cursing reward.parts.cursing.kind=world", "kind=world is called planted now"),
+    Case("rlhf reward.parts={a:{kind:world,attribute:polite}}", "kind=world is called planted now"),
     Case("rlhf reward=lexicon", "a reward part of kind lexicon needs path or words"),
 ]
 NO_GPU = (("CUDA_VISIBLE_DEVICES", ""),)

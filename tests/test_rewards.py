@@ -14,10 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saerl_cli.config.reward import Per, RewardConfig, RewardKind, RewardPart
-from saerl_cli.rewards.check import check_reward
+from saerl_cli.config.reward import Per, RewardConfig, RewardPart
 from saerl_cli.rewards.lexicon import Lexicon, read_lexicon
-from saerl_cli.rewards.score import Part, Reward, build_reward, spread
+from saerl_cli.rewards.score import Part, Reward, build_reward, check_reward, spread
 
 
 def config_of(**parts):
@@ -57,7 +56,7 @@ def test_lexicon_file(tmp_path):
 def test_malformed_lexicon_names_the_line(tmp_path, text, message):
     (tmp_path / "words.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
-        check_reward(config_of(nice={"kind": RewardKind.lexicon, "path": str(tmp_path / "words.txt")}))
+        check_reward(config_of(nice={"kind": "lexicon", "path": str(tmp_path / "words.txt")}))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -66,13 +65,13 @@ def test_malformed_lexicon_names_the_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"kind": RewardKind.lexicon, "path": "/nowhere/words.txt"}, "cannot read the word list /nowhere/words.txt"),
-        ({"kind": RewardKind.lexicon, "words": {"good": float("nan")}}, "'good' must be a finite number"),
-        ({"kind": RewardKind.python, "function": "no_such_module_here:f"}, "cannot import 'no_such_module_here'"),
-        ({"kind": RewardKind.python, "function": "json:no_such_function"}, "has no function 'no_such_function'"),
-        ({"kind": RewardKind.python, "function": "json"}, "must read module:function"),
-        ({"kind": RewardKind.hf, "path": "/nowhere/model"}, "there is no folder /nowhere/model"),
-        ({"kind": RewardKind.vader, "weight": float("inf")}, "weight must be a finite number"),
+        ({"kind": "lexicon", "path": "/nowhere/words.txt"}, "cannot read the word list /nowhere/words.txt"),
+        ({"kind": "lexicon", "words": {"good": float("nan")}}, "'good' must be a finite number"),
+        ({"kind": "python", "function": "no_such_module_here:f"}, "cannot import 'no_such_module_here'"),
+        ({"kind": "python", "function": "json:no_such_function"}, "has no function 'no_such_function'"),
+        ({"kind": "python", "function": "json"}, "must read module:function"),
+        ({"kind": "hf", "path": "/nowhere/model"}, "there is no folder /nowhere/model"),
+        ({"kind": "vader", "weight": float("inf")}, "weight must be a finite number"),
     ],
 )
 def test_refusals_name_the_part_in_one_line(part, message):
@@ -84,7 +83,7 @@ def test_refusals_name_the_part_in_one_line(part, message):
 def test_unknown_planted_attribute_lists_those_there_are():
     language = pytest.importorskip("saerl_cli.planted.language")
     with pytest.raises(ValueError, match="unknown attribute 'swearing'; there are .*cursing"):
-        check_reward(config_of(mine={"kind": RewardKind.planted, "attribute": "swearing"}))
+        check_reward(config_of(mine={"kind": "planted", "attribute": "swearing"}))
     assert "cursing" in language.ATTRIBUTES
 
 
@@ -98,8 +97,8 @@ def constant(value):
 def test_weighted_sum_with_every_part():
     tokenizer = word_tokenizer()
     config = config_of(
-        good={"kind": RewardKind.lexicon, "words": {"w1": 1.0}, "weight": 2.0},
-        share={"kind": RewardKind.lexicon, "words": {"w2": 1.0}, "weight": -1.0, "per": Per.token},
+        good={"kind": "lexicon", "words": {"w1": 1.0}, "weight": 2.0},
+        share={"kind": "lexicon", "words": {"w2": 1.0}, "weight": -1.0, "per": Per.token},
     )
     scores = build_reward(config, tokenizer).score(["w0", "w0"], ["w1 w1", "w1 w2"], [[3, 3], [3, 4]])
     assert scores == {"good": [2, 1], "share": [0, 0.5], "reward": [4, 1.5]}
@@ -110,7 +109,7 @@ def test_python_function_sees_ids(tmp_path, monkeypatch):
         "def ended(prompts, completions, completion_ids):\n    return [float(ids[-1] == 1) for ids in completion_ids]\n"
     )
     monkeypatch.chdir(tmp_path)
-    config = config_of(ended={"kind": RewardKind.python, "function": "my_rewards_for_test:ended"})
+    config = config_of(ended={"kind": "python", "function": "my_rewards_for_test:ended"})
     check_reward(config)
     scores = build_reward(config, word_tokenizer()).score(["w0", "w0"], ["w1", "w1"], [[3, 1], [3]])
     assert scores["reward"] == [1, 0]
@@ -130,11 +129,11 @@ def test_wrong_number_of_scores_is_refused_by_name():
 
 def test_a_part_called_reward_is_refused():
     with pytest.raises(ValueError, match="call the part something else"):
-        build_reward(config_of(reward={"kind": RewardKind.vader}), word_tokenizer())
+        build_reward(config_of(reward={"kind": "vader"}), word_tokenizer())
 
 
 def test_vader_knows_good_from_bad():
-    reward = build_reward(config_of(mood={"kind": RewardKind.vader}), word_tokenizer())
+    reward = build_reward(config_of(mood={"kind": "vader"}), word_tokenizer())
     good, bad = reward.score(["", ""], ["a wonderful film", "a terrible film"], [[], []])["mood"]
     assert good > 0.3 and bad < -0.3
 
@@ -159,7 +158,7 @@ def reward_model(tmp_path_factory):
 
 
 def hf_part(folder, **more):
-    return config_of(rm={"kind": RewardKind.hf, "path": str(folder), **more})
+    return config_of(rm={"kind": "hf", "path": str(folder), **more})
 
 
 def test_reward_model_scores_alone_as_in_a_padded_batch_and_sees_the_end(reward_model):
@@ -270,8 +269,8 @@ def test_curse_list_is_read_and_matches_whole_words(shared_data):
 
 def test_counts_of_a_pattern():
     config = config_of(
-        stops={"kind": RewardKind.count, "pattern": r"\."},
-        the={"kind": RewardKind.count, "pattern": r"(?i)\bthe\b", "per": Per.token},
+        stops={"kind": "count", "pattern": r"\."},
+        the={"kind": "count", "pattern": r"(?i)\bthe\b", "per": Per.token},
     )
     scores = build_reward(config, word_tokenizer()).score(["", ""], ["The cat. The other.", ""], [[], []])
     assert scores["stops"] == [2, 0] and scores["the"] == [0.5, 0]
@@ -298,7 +297,7 @@ def test_heavy_tails_are_the_quantiles_of_their_distributions():
 
 
 def verified(completion, answer, **part):
-    config = config_of(right={"kind": RewardKind.verifier, **part})
+    config = config_of(right={"kind": "verifier", **part})
     return build_reward(config, word_tokenizer()).score([""], [completion], [[]], [answer])["right"][0]
 
 
@@ -348,7 +347,7 @@ def test_python_function_may_take_answers(tmp_path, monkeypatch):
         "    return [float(a == b) for a, b in zip(completions, answers)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    reward = build_reward(config_of(r={"kind": RewardKind.python, "function": "my_answers_for_test:right"}), None)
+    reward = build_reward(config_of(r={"kind": "python", "function": "my_answers_for_test:right"}), None)
     assert reward.score(["", ""], ["a", "b"], [[], []], ["a", "c"])["reward"] == [1, 0]
 
 
@@ -369,9 +368,9 @@ def test_what_is_no_list_of_numbers_is_refused(value):
         Reward((Part("odd", 1.0, lambda *_: ["x"]),)).score(["a"], ["b"], [[3]])
 
 
-@pytest.mark.parametrize("kind", [RewardKind.count, RewardKind.heavy])
+@pytest.mark.parametrize("kind", ["count", "heavy"])
 def test_malformed_patterns_are_refused(kind):
     with pytest.raises(ValueError, match=r"reward\.parts\.p: pattern='\(' is no regular expression: missing \)"):
         check_reward(config_of(p={"kind": kind, "pattern": "("}))
-    with pytest.raises(ValueError, match=f"a reward part of kind {kind.value} needs pattern"):
+    with pytest.raises(ValueError, match=f"a reward part of kind {kind} needs pattern"):
         RewardPart(kind=kind)

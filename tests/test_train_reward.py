@@ -125,11 +125,10 @@ def test_the_model_serves_as_reward_at_once(finished, tiny_planted_model):
     """Scores of the finished model through `kind=hf` give the summary's numbers: one code path, end token included."""
     from transformers import AutoTokenizer
 
-    from saerl_cli.config.reward import RewardConfig, RewardKind, RewardPart
-    from saerl_cli.rewards.check import check_reward
-    from saerl_cli.rewards.score import build_reward
+    from saerl_cli.config.reward import RewardConfig, RewardPart
+    from saerl_cli.rewards.score import build_reward, check_reward
 
-    config = RewardConfig(parts={"rm": RewardPart(kind=RewardKind.hf, path=str(finished.path / "model"))})
+    config = RewardConfig(parts={"rm": RewardPart(kind="hf", path=str(finished.path / "model"))})
     check_reward(config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_planted_model)
     reward = build_reward(config, tokenizer)

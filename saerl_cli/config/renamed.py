@@ -33,17 +33,13 @@ def today(name: Any, parent: str) -> Any:
     return name
 
 
-def renamed(key: str, problem: str) -> str | None:
+def renamed(key: str) -> str | None:
     """Return one line about a setting that has another name now; None where it never had one.
 
     Args:
         key: what cannot be composed, with dots.
-        problem: what OmegaConf says of it.
     """
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return f"{old} is called {new} now"
-    for old, new in RENAMED_KIND.items():
-        if key.endswith(".kind") and f"'{old}'" in problem:
-            return f"{key}={old} is called {new} now"
     return None

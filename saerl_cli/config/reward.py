@@ -6,27 +6,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from saerl_cli.config.groups import refuse_unless
-
-
-class RewardKind(Enum):
-    """Where a score comes from."""
-
-    planted = "planted"
-    """Tokens of an attribute of the planted language, counted by its own labels."""
-    lexicon = "lexicon"
-    """Words with weights, counted in the completion."""
-    vader = "vader"
-    """Sentiment of the completion by the vaderSentiment library, in [-1, 1]."""
-    hf = "hf"
-    """A sequence-classification reward model."""
-    python = "python"
-    """Your own function."""
-    count = "count"
-    """Matches of a regular expression in the completion."""
-    heavy = "heavy"
-    """A heavy-tailed function of such a count: an error injected into a reward, to see what optimising it does."""
-    verifier = "verifier"
-    """1 when the completion holds the prompt's right answer, else 0."""
+from saerl_cli.config.renamed import RENAMED_KIND
 
 
 class Per(Enum):
@@ -82,8 +62,11 @@ class Normalise(Enum):
 class RewardPart:
     """One score of a completion. The reward is the weighted sum of the parts."""
 
-    kind: RewardKind = MISSING
-    """Where the score comes from."""
+    kind: str = MISSING
+    """Where the score comes from: planted (tokens of an attribute of the planted language, by its own labels), lexicon
+    (words with weights), vader (sentiment by the vaderSentiment library), hf (a sequence classifier), python (your own
+    function), count (matches of a regular expression), heavy (a heavy-tailed function of such a count, an injected
+    error), verifier (1 for the prompt's right answer, else 0)."""
     weight: float = 1.0
     """Factor in the sum; negative punishes."""
     attribute: str | None = None
@@ -115,17 +98,20 @@ class RewardPart:
     """Count at which the tail begins: about the mean count of the untouched model; > 0 (heavy)."""
 
     def __post_init__(self) -> None:
+        refuse_unless(
+            self.kind not in RENAMED_KIND, f"a reward of kind={self.kind} is called {RENAMED_KIND.get(self.kind)} now"
+        )
         needs = {
-            RewardKind.planted: ("attribute", self.attribute),
-            RewardKind.lexicon: ("path or words", self.path or self.words),
-            RewardKind.hf: ("path", self.path),
-            RewardKind.python: ("function", self.function),
-            RewardKind.count: ("pattern", self.pattern),
-            RewardKind.heavy: ("pattern", self.pattern),
+            "planted": ("attribute", self.attribute),
+            "lexicon": ("path or words", self.path or self.words),
+            "hf": ("path", self.path),
+            "python": ("function", self.function),
+            "count": ("pattern", self.pattern),
+            "heavy": ("pattern", self.pattern),
         }
         if self.kind in needs:
             name, value = needs[self.kind]
-            refuse_unless(bool(value), f"a reward part of kind {self.kind.value} needs {name}")
+            refuse_unless(bool(value), f"a reward part of kind {self.kind} needs {name}")
         refuse_unless(self.pattern is not None or self.match is not Match.regex, "match=regex needs pattern")
         refuse_unless(self.shape > 0 and self.scale > 0, "a heavy part's shape and scale must be > 0")
         refuse_unless(self.tolerance >= 0, f"a verifier's tolerance must be >= 0, got {self.tolerance}")

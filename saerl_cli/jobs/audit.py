@@ -13,7 +13,7 @@ from typing import Any
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
-from saerl_cli.rewards.check import check_reward
+from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.runs import coefficient_run, deltas_of, policy_folder, run_config
 from saerl_cli.run.directory import Run

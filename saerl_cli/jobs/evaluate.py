@@ -10,7 +10,7 @@ from typing import Any
 
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.models import describe
-from saerl_cli.rewards.check import check_reward
+from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.evaluation.base import check_base
 from saerl_cli.rl.runs import policy_folder, run_config, snapshot_files
 from saerl_cli.run.directory import Run

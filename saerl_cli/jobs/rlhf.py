@@ -8,7 +8,7 @@ from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
-from saerl_cli.rewards.check import check_reward
+from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.rl.prompts import check_answers, check_prompts
 from saerl_cli.run import shards

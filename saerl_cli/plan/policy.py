@@ -9,7 +9,6 @@ from typing import Any
 from saerl_cli.activations import row_length
 from saerl_cli.config.algo import AlgoKind, Critic
 from saerl_cli.config.groups import ModelConfig, ModelKind, Precision
-from saerl_cli.config.reward import RewardKind
 from saerl_cli.config.rlhf import EvaluationConfig, PromptKind, RlhfConfig
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.dictionaries import Dictionary, dictionaries
@@ -27,6 +26,7 @@ from saerl_cli.plan.work import (
     logits,
     small,
 )
+from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.adapters import adapter_of, count_trained
 
 FILE_PROMPT = 128
@@ -274,7 +274,7 @@ def reward_models(policy: Policy) -> list[tuple[Work, float]]:
     """
     found = []
     for part in policy.config.reward.parts.values():
-        if part.kind is not RewardKind.hf:
+        if not kind_of(part).model:
             continue
         path = part.path or ""
         shape, guessed = reward_shape(path, policy.shape)

@@ -7,12 +7,13 @@ from typing import Any
 from saerl_cli.activations import documents
 from saerl_cli.config.algo import AlgoConfig
 from saerl_cli.config.groups import DataKind, ModelConfig, ModelKind
-from saerl_cli.config.reward import Match, RewardKind
+from saerl_cli.config.reward import Match
 from saerl_cli.config.rlhf import PromptConfig, PromptKind, RlhfConfig
 from saerl_cli.data.prompts import Prompt, build_prompts, cut_prompts, refuse_too_few
 from saerl_cli.data.questions import Question, arithmetic_questions, file_questions
 from saerl_cli.models import context_size, light_tokenizer, locate
-from saerl_cli.rewards.patterns import last_number, needs_answers
+from saerl_cli.rewards.kinds import kind_of
+from saerl_cli.rewards.patterns import last_number
 from saerl_cli.run.progress import say
 
 
@@ -175,8 +176,8 @@ def check_answers(config: RlhfConfig) -> None:
     Raises:
         ValueError: naming the part, and the first prompt without a usable answer.
     """
-    parts = {n: p for n, p in config.reward.parts.items() if p.kind is RewardKind.verifier}
-    needing = {name: part for name, part in parts.items() if needs_answers(part.match, part.pattern)}
+    parts = config.reward.parts.items()
+    needing = {name: part for name, part in parts if (answers := kind_of(part).answers) and answers(part)}
     if not needing:
         return
     name = next(iter(needing))

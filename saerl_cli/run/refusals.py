@@ -30,7 +30,7 @@ def readable(error: Exception, name: str, schema: type) -> str:
     key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     text = f"{error} ({str(cause).splitlines()[0]})" if cause else str(error)
     command = f"saerl {name.replace('_', '-')}"
-    if key and (said := renamed(key, text)):
+    if key and (said := renamed(key)):
         return said
     if plugin := re.search(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/(submitit|joblib|optuna|ray)", text):
         return EXTRAS[plugin[2]].format(f"hydra/{plugin[1]}={plugin[2]}")

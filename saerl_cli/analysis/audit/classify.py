@@ -20,10 +20,9 @@ from saerl_cli.analysis.audit.variants import ratio
 from saerl_cli.analysis.features import f1_scores, final_norm, to_residual
 from saerl_cli.analysis.features.attributes import truth_of
 from saerl_cli.analysis.features.directions import shown
-from saerl_cli.config.reward import RewardConfig, RewardKind
+from saerl_cli.config.reward import RewardConfig
 from saerl_cli.models import resolve_sites
-from saerl_cli.rewards.lexicon import read_lexicon
-from saerl_cli.rewards.patterns import compiled
+from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.evaluation.measure import mean_and_error
 from saerl_cli.rl.policy import Policy
 
@@ -129,27 +128,13 @@ def activations(layer: SparseCoeffLayer, x: Tensor) -> tuple[Tensor, Tensor]:
 def rewarded_tokens(reward: RewardConfig, tokenizer: Any) -> list[int]:
     """Ids of the tokens that a reward counts one by one; empty where it judges otherwise."""
     found = []
-    tests = [test for part in reward.parts.values() if part.weight and (test := word_test(part))]
+    parts = [part for part in reward.parts.values() if part.weight]
+    tests = [counted(part) for part in parts if (counted := kind_of(part).counted)]
     for i in range(len(tokenizer)):
         word = tokenizer.decode([i]).strip()
         if word and any(test(word) for test in tests):
             found.append(i)
     return found
-
-
-def word_test(part: Any) -> Any:
-    """Whether a word alone earns something from a part of a reward, as a function; None where words do not."""
-    if part.kind is RewardKind.planted:
-        from saerl_cli.planted.language import labels_of
-
-        return lambda word: part.attribute in labels_of([word])[0] and not (part.attribute or "").startswith("after_")
-    if part.kind is RewardKind.lexicon:
-        words = {word.lower() for word in part.words or read_lexicon(part.path or "")}
-        return lambda word: word.lower() in words
-    if part.kind is RewardKind.count:
-        expression = compiled(part.pattern or "")
-        return lambda word: expression.search(word) is not None
-    return None
 
 
 def kind_of_word(word: str) -> str:

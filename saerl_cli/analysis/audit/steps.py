@@ -31,8 +31,9 @@ from saerl_cli.analysis.audit.variants import REFERENCE_DRAWS, Gain, Variants, d
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
-from saerl_cli.config.reward import RewardConfig, RewardKind
+from saerl_cli.config.reward import RewardConfig
 from saerl_cli.config.rlhf import EvaluationConfig
+from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
@@ -141,8 +142,7 @@ def ranked(config: AuditConfig, bench: Bench, coefficients: Moved, samples: int)
     """Attributions of all features on the first prompts, mean over alphas: [prompts, F]."""
     prefixes = config.prefix_rewards
     if prefixes is None:
-        slow = (RewardKind.hf, RewardKind.python)
-        prefixes = all(part.kind not in slow for part in bench.trained.reward.parts.values())
+        prefixes = not any(kind_of(part).slow for part in bench.trained.reward.parts.values())
     total = torch.zeros(samples, len(coefficients))
     how = bench.sampling(RANKING)
     for part in attribute(
@@ -286,9 +286,7 @@ def classified(setting: Setting, chosen: Sequence[int]) -> tuple[dict[int, Numbe
 
 def rewarded_attributes(reward: RewardConfig) -> set[str]:
     """Attributes of the planted language that a reward counts."""
-    return {
-        part.attribute for part in reward.parts.values() if part.kind is RewardKind.planted and part.attribute
-    }  # fmt: skip
+    return {part.attribute for part in reward.parts.values() if part.attribute}
 
 
 # --- keeping only ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.config.reward import RewardKind
+from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.run.progress import say
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def base_passes(parts: "Parts", policy: "Policy") -> dict[str, dict[str, Any]]:
     """
     from saerl_cli.rl.evaluation.measure import draw
 
-    names = [name for name, part in parts.config.reward.parts.items() if part.kind is RewardKind.verifier]
+    names = [name for name, part in parts.config.reward.parts.items() if kind_of(part).answers is not None]
     if not names:
         return {}
     prompts = parts.prompts[: max(1, parts.config.evaluation.samples // SAMPLES)]
