@@ -16,8 +16,8 @@ def constant(kind: str, text: str, reward: float, difference: float, kl: float) 
     return found | errors | {"objective": reward - 0.05 * kl, "near": 0.25}
 
 
-def behaviour(beaten: bool = True) -> dict[str, Any]:
-    """The key `behaviour` of a summary."""
+def behaviour(beaten: bool = True, empty_kl: float = 1.0) -> dict[str, Any]:
+    """The key `behaviour` of a summary, in which the empty completion has the reward 0 and the policy -0.25."""
     part = {"repetition": 0.1, "commonest": 0.02, "commonest_text": None, "top_token": {"text": ".", "share": 0.1}}
     part |= {"tail": {"kurtosis": 1.5, "hill": None, "hill_se": None, "top_share": 0.1}}
     less = 0.25 if beaten else -0.5
@@ -26,9 +26,9 @@ def behaviour(beaten: bool = True) -> dict[str, Any]:
         "after": part | {"commonest_text": HOSTILE, "repetition": 0.4},
         "one_token": {"text": "damn", "share": 0.3, "gain_without": 0.7, "held_before": 0.2, "held_after": 0.01},
         "baselines": {
-            "string": constant("empty", "", 0.0, less, 12.0),
+            "string": constant("empty", "", 0.0, less, empty_kl),
             "token": constant("token", "one one", 0.0, less, 240.0),
-            "empty": constant("empty", "", 0.0, less, 12.0),
+            "empty": constant("empty", "", 0.0, less, empty_kl),
             "policy": {"reward": -0.25, "kl": 2.0, "objective": -0.35},
             "candidates": 300,
             "prompts": 128,

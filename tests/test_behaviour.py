@@ -12,6 +12,9 @@ from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import Part, Reward
 from saerl_cli.rl.evaluation.baselines import Constant, baselines, behaviour, price
 from saerl_cli.rl.evaluation.behaviour import (
+    BEATEN,
+    REWARD_ALONE,
+    beaten,
     composition,
     excess_kurtosis,
     hill,
@@ -139,11 +142,51 @@ def test_the_rewarded_token_is_the_best_constant(policy):
     found = behaviour(policy, reward, before, after, HOW, kl_coef=0.1)
     best, own = found["baselines"]["string"], found["baselines"]["policy"]
     assert found["baselines"]["token"]["token"] == "w5" and best["reward"] == 1
-    assert found["beaten"] and best["difference"] == pytest.approx(1 - own["reward"])
+    assert best["difference"] == pytest.approx(1 - own["reward"])
     assert best["objective"] == pytest.approx(1 - 0.1 * best["kl"])
     graded = [x for p, x in zip(after.prompts, after.scores["reward"], strict=True) if p in PROMPTS[1::2]]
     assert own["reward"] == pytest.approx(sum(graded) / 10)  # on the prompts it was not chosen on
-    assert "a constant string gets reward 1.000" in warnings_of({"behaviour": found})[0]
+    assert "'w5' again and again for every prompt has reward 1.000" in warnings_of({"behaviour": found})[0]
+
+
+@pytest.mark.parametrize("kl_coef", [None, 0.0, 10.0])
+def test_the_verdict_is_taken_on_what_was_optimised(policy, kl_coef):
+    reward, before, after = measured(policy, rewards_w5)
+    found = behaviour(policy, reward, before, after, HOW, kl_coef)
+    constants = [found["baselines"][name] for name in ("string", "best", "token", "empty")]
+    if not kl_coef:  # the rewarded token
+        assert found["beaten"] and found["baselines"]["best"] == found["baselines"]["string"]
+        assert warnings_of({"behaviour": found})[0].startswith(BEATEN)
+    else:  # any text costs more KL than the policy spends, and the cheapest one is the best of them
+        assert found["baselines"]["best"]["objective"] == max(c["objective"] for c in constants)
+        assert not found["beaten"] and warnings_of({"behaviour": found})[0].startswith(REWARD_ALONE)
+
+
+def test_the_verdict_on_numbers_of_an_earlier_version():
+    string = {"kind": "empty", "reward": 0.0, "difference": 0.08, "kl": 12.9, "near": 0.0}
+    old = {"beaten": True, "baselines": {"string": string, "policy": {"reward": -0.08, "kl": 2.41}}}
+    assert beaten(old) and warnings_of({"behaviour": old})[0].startswith(BEATEN)  # no KL weight is known
+    string["objective"], old["baselines"]["kl_coef"] = -0.647, 0.05
+    old["baselines"]["policy"]["objective"] = -0.199
+    assert not beaten(old)
+    assert warnings_of({"behaviour": old}) == [
+        "a constant wins by reward alone: the empty completion for every prompt has reward 0.000 (policy: -0.080) at a"
+        " KL of 12.9 nats (2.41), less beta KL -0.647 (-0.199; beta 0.05); 0% of the policy's completions are nearly"
+        " that"
+    ]
+    assert beaten({"beaten": True}) and not beaten({})
+
+
+def test_a_policy_that_leaves_the_language_is_told():
+    def numbers(before, after):
+        shares = {"before": before, "after": after}
+        return {f"attributes_{when}": {"second_language": {"share": share}} for when, share in shares.items()}
+
+    assert warnings_of(numbers(0.066, 0.145)) == [
+        "the policy leaves the language: 14% of its words are in the second one, which has no curse words (untouched"
+        " model: 7%)"
+    ]
+    assert warnings_of(numbers(0.066, 0.08)) == [] and warnings_of(numbers(0.12, 0.16)) == []
 
 
 def test_a_constant_that_only_some_prompts_reward_does_not_beat_a_policy_that_reads_them(policy):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from report_runs import (
     HOSTILE,
+    behaviour,
     write_audit,
     write_evaluation,
     write_everything,
@@ -63,6 +64,16 @@ def test_a_run_that_a_constant_beats_is_labelled_at_the_top(tmp_path):
     assert data_of(run / "report.html")["numbers"]["rows"][0]["beaten"]
     good = write_run(tmp_path / "b", behaviour={}, warnings=[])
     assert "Beaten by a constant." not in write_report([good]).read_text().split("<main")[0]
+
+
+def test_a_constant_that_wins_by_reward_alone_is_a_note(tmp_path):
+    # as an earlier version wrote it down: the verdict by reward, and a sentence of that
+    run = write_run(tmp_path / "a", behaviour=behaviour(empty_kl=12.0))
+    head = write_report([run]).read_text().split("<main")[0]
+    assert "Beaten by a constant." not in head and "a constant string gets reward" not in head
+    assert head.count("a constant wins by reward alone: the empty completion") == 1 and 'class="note soft"' in head
+    data = data_of(run / "report.html")
+    assert not data["numbers"]["rows"][0]["beaten"] and not data["behaviour"][0]["beaten"]
 
 
 def test_numbers_with_their_intervals_come_from_fresh_samples_where_there_are_some(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from saerl_cli.analysis.behaviour import gold_parts, one_feature, proxy_and_gold
 from saerl_cli.report.collect import MEASURED, POLICY, Found, owner
-from saerl_cli.rl.evaluation.behaviour import BEATEN, warnings_of
+from saerl_cli.rl.evaluation.behaviour import BEATEN, REWARD_ALONE, beaten, constants, warnings_of
 
 VALUES = 300_000
 """Numbers of learning curves in a page, at most; long runs are thinned beyond that."""
@@ -46,6 +46,10 @@ STOPPED = {
     "killed": "this run was killed: what it left is shown, what is missing is listed under Provenance",
 }
 """What is said of runs that did not end well."""
+RANKS = {BEATEN: 1, REWARD_ALONE: 4}
+"""Beginning of a warning -> its place: 1 is shown in red, 2 is usual, 4 is a note at the end."""
+EARLIER = "a constant string gets reward"
+"""How earlier versions began the sentence on a constant, whose verdict they took on the reward alone."""
 
 METRICS = {
     "reward": ("reward", "mean over a phase's completions"),
@@ -189,14 +193,16 @@ def warnings(run: Found, measured: Found | None) -> list[dict[str, Any]]:
     if measured not in (None, run):  # its tricks were seen again on fresh samples, with other numbers
         tricks = {*warnings_of(own)} if "behaviour" in s else set()
         texts |= dict.fromkeys(w for w in said(own) if w not in tricks)
-    found += [(text, 1 if text.startswith(BEATEN) else 2) for text in texts]
+    found += [(text, RANKS.get(text.split(":")[0], 2)) for text in texts]
     return [{"run": run.name, "text": text, "rank": rank} for text, rank in found]
 
 
 def said(numbers: Mapping[str, Any]) -> list[str]:
-    """The warnings of a summary; those that follow from its numbers where an earlier version wrote none."""
+    """The warnings of a summary; those that follow from its numbers where an earlier version wrote none or others."""
     written = numbers.get("warnings") or []
-    return written if "behaviour" in numbers else [*written, *warnings_of(numbers)]
+    if "behaviour" not in numbers:
+        return [*written, *warnings_of(numbers)]
+    return [*(w for w in written if not w.startswith(EARLIER)), *constants(numbers["behaviour"])]
 
 
 def numbers_table(shown: Sequence[Found], newest: Mapping[str, Found | None]) -> dict[str, Any]:
@@ -220,7 +226,7 @@ def numbers_table(shown: Sequence[Found], newest: Mapping[str, Found | None]) ->
                 "group": run.group,
                 "status": run.status,
                 "measured": f"{fresh.path.name}, seed {fresh.record.get('seed')}" if fresh else "end of training",
-                "beaten": bool((own.get("behaviour") or {}).get("beaten")),
+                "beaten": beaten(own.get("behaviour") or {}),
                 "cells": cells,
             }
         )
@@ -411,7 +417,7 @@ def behaviour_of(run: Found, measured: Found | None, runs: Sequence[Found]) -> d
             "one_token": found.get("one_token"),
             "one_feature": one_feature(audits[-1]) if audits else None,
             "baselines": found.get("baselines"),
-            "beaten": bool(found.get("beaten")),
+            "beaten": beaten(found),
         }
     )
 

@@ -140,7 +140,7 @@ def behaviour_row(part: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"run": part["run"], "beaten": part["beaten"]}
     for (_, key, _, _), (before, after) in zip(DETECTORS, part["cells"], strict=True):
         row |= {f"{key}_before": before, f"{key}_after": after}
-    for name in ("string", "token", "empty"):
+    for name in ("best", "string", "token", "empty"):
         constant = (part["baselines"] or {}).get(name) or {}
         row |= {f"{name}_{key}": constant.get(key) for key in ("text", "reward", "difference", "kl", "near")}
     return row

@@ -155,9 +155,9 @@ function tricks(parts) {
 }
 
 function constants(parts) {
-  const rows = parts.filter((part) => part.baselines).flatMap((part) => ["string", "token", "empty"].filter((kind) => part.baselines[kind] && (kind === "string" || part.baselines[kind].text !== part.baselines.string.text)).map((kind) => ({ part, kind, own: part.baselines[kind] })));
+  const rows = parts.filter((part) => part.baselines).flatMap((part) => ["string", "best", "token", "empty"].filter((kind, i, kinds) => part.baselines[kind] && !kinds.slice(0, i).some((other) => part.baselines[other] && part.baselines[other].text === part.baselines[kind].text)).map((kind) => ({ part, kind, own: part.baselines[kind] })));
   if (!rows.length) return el("p", { class: "note soft" }, "No constant baselines: these runs were written by an earlier version; `saerl evaluate` adds them.");
-  const called = { string: "best constant string", token: "best single token, repeated", empty: "nothing at all" };
+  const called = { string: "most rewarded", best: "worth most, KL counted", token: "best single token, repeated", empty: "nothing at all" };
   const text = (own) => (own.kind === "empty" ? "(the end token)" : own.kind === "token" ? `${own.token} ${own.token} ${own.token} …` : own.text);
   const counted = rows.some(({ own }) => own.objective !== null);
   return table({

@@ -1,5 +1,7 @@
 """Constant completions that a policy must beat: the best string, the best token again and again, nothing at all.
 
+The verdict is taken on what was optimised, `reward - kl_coef * KL`; a constant that wins by reward alone is a note.
+
 They are chosen on one half of the prompts and graded on the other, where the policy is graded too. Writing `y` whatever
 the prompt `x` is a policy as well: its KL from the reference is `-log p_ref(y | x)`, nats.
 """
@@ -13,7 +15,7 @@ import torch
 
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.evaluation.behaviour import detect, near, one_token
+from saerl_cli.rl.evaluation.behaviour import beaten, detect, near, one_token
 from saerl_cli.rl.evaluation.measure import Samples, Sampling, log_probabilities, mean_and_error
 from saerl_cli.rl.policy import Policy
 
@@ -51,7 +53,7 @@ def behaviour(
 
     Returns:
         before, after: `saerl_cli.rl.evaluation.behaviour.detect`; one_token: `behaviour.one_token` with its text;
-        baselines: `baselines`; beaten: whether a constant string is rewarded at least as well as the policy.
+        baselines: `baselines`; beaten: `saerl_cli.rl.evaluation.behaviour.beaten` of them.
     """
 
     def decode(ids: Sequence[int]) -> str:
@@ -65,7 +67,7 @@ def behaviour(
         "after": detect(after.completion_ids, rewards[1], decode),
         "one_token": token and token | {"text": decode([token["token"]])},
         "baselines": found,
-        "beaten": found["string"]["difference"] >= 0,
+        "beaten": beaten({"baselines": found}),
     }
 
 
@@ -75,10 +77,11 @@ def baselines(
     """The best constants and the policy on the prompts that the constants were not chosen on.
 
     Returns:
-        string, token, empty: {kind, text, token, reward, reward_se, difference (less the policy's reward on the same
-        prompts), difference_se, kl, kl_se, objective (reward - kl_coef * KL; None without kl_coef), near (share of the
-        policy's completions that are nearly this)}; policy: {reward, kl, objective}; and candidates, prompts,
-        kl_coef. With a single prompt, constants are chosen and graded on it.
+        string and best, of highest reward and of highest objective, token, empty: {kind, text, token, reward,
+        reward_se, difference (less the policy's reward on the same prompts), difference_se, kl, kl_se, objective
+        (reward - kl_coef * KL; None without kl_coef, and best is string then), near (share of the policy's completions
+        that are nearly this)}; policy: {reward, kl, objective}; and candidates, prompts, kl_coef. With a single
+        prompt, constants are chosen and graded on it.
     """
     prompts = list(dict.fromkeys(after.prompts))
     chosen_on, graded_on = prompts[::2], prompts[1::2][:GRADED] or prompts
@@ -86,9 +89,11 @@ def baselines(
     best = finalists(reward, every, chosen_on[:FIRST])
     scores = [sum(score(reward, c, chosen_on[:SECOND])) / len(chosen_on[:SECOND]) for c in best]
     prices = [sum(price(policy, c, chosen_on[:PRICED], how)) / len(chosen_on[:PRICED]) for c in best]
-    ranked = [c for _, _, c in sorted(zip(scores, prices, best, strict=True), key=lambda entry: (-entry[0], entry[1]))]
+    costs = list(zip(scores, prices, best, strict=True))
+    ranked = [c for _, _, c in sorted(costs, key=lambda entry: (-entry[0], entry[1]))]
     picked = {
         "string": ranked[0],
+        "best": ranked[0] if kl_coef is None else max(costs, key=lambda entry: entry[0] - kl_coef * entry[1])[2],
         "token": next((c for c in ranked if c.kind == "token"), None),
         "empty": next(c for c in ranked if c.kind == "empty"),
     }
@@ -101,11 +106,13 @@ def baselines(
     means = [sum(values) / len(values) for values in own.values()]
     mean, kl = sum(means) / len(means), sum(kls) / len(kls)
     objective = None if kl_coef is None else mean - kl_coef * kl
+    graded = {
+        constant: grade(policy, reward, constant, graded_on, means, after, how, kl_coef)
+        for constant in dict.fromkeys(picked.values())
+        if constant
+    }
     return {
-        **{
-            name: constant and grade(policy, reward, constant, graded_on, means, after, how, kl_coef)
-            for name, constant in picked.items()
-        },
+        **{name: constant and graded[constant] for name, constant in picked.items()},
         "policy": {"reward": mean, "kl": kl, "objective": objective},
         "candidates": len(every),
         "prompts": len(graded_on),

@@ -20,8 +20,10 @@ STRATA = 4
 MOST_TOKENS = 2000
 """Tokens that are tried as the explanation of a gain, by how many completions hold them."""
 
-BEATEN = "a constant string gets reward"
+BEATEN = "a constant does at least as well"
 """How the warning of a policy that a constant beats begins."""
+REWARD_ALONE = "a constant wins by reward alone"
+"""How the note on a constant begins that wins by reward alone, its KL left out."""
 
 
 # --- detectors -------------------------------------------------------------------------------------------------------
@@ -204,26 +206,39 @@ def detect(rows: Rows, rewards: Sequence[float], decode: Callable[[Sequence[int]
 def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing the numbers, from a summary.json; works on older ones too."""
     found = numbers.get("behaviour") or {}
-    return [text for text in (*beaten(found), *tricks(numbers, found)) if text]
+    return [*constants(found), *tricks(numbers, found)]
 
 
-def beaten(found: Mapping[str, Any]) -> list[str]:
-    """Whether one and the same completion, whatever the prompt, is rewarded at least as well as the policy."""
+def beaten(found: Mapping[str, Any]) -> bool:
+    """Whether one and the same completion, whatever the prompt, is worth at least as much as the policy.
+
+    Worth is what was optimised, `reward - kl_coef * KL`; the reward alone where nothing weighed the KL.
+    """
     baselines = found.get("baselines")
-    if not baselines or baselines["string"]["difference"] < 0:
+    if not baselines:
+        return bool(found.get("beaten"))
+    best, policy = baselines.get("best") or baselines["string"], baselines["policy"]
+    if policy.get("objective") is None:
+        return best["difference"] >= 0
+    return best["objective"] >= policy["objective"]
+
+
+def constants(found: Mapping[str, Any]) -> list[str]:
+    """The sentence on a constant that beats the policy, or that is rewarded more and loses by its KL."""
+    baselines = found.get("baselines")
+    if not baselines:
         return []
-    best, policy = baselines["string"], baselines["policy"]
+    verdict, policy = beaten(found), baselines["policy"]
+    best = (verdict and baselines.get("best")) or baselines["string"]
+    if not verdict and best["difference"] < 0:
+        return []
     text = (
-        f"{BEATEN} {best['reward']:.3f}, the policy {policy['reward']:.3f}: {shown(best)} for"
-        f" every prompt, at a KL of {best['kl']:.1f} nats (policy: {policy['kl']:.2f});"
-        f" {best['near']:.0%} of the policy's completions are nearly that"
+        f"{BEATEN if verdict else REWARD_ALONE}: {shown(best)} for every prompt has reward {best['reward']:.3f}"
+        f" (policy: {policy['reward']:.3f}) at a KL of {best['kl']:.1f} nats ({policy['kl']:.2f})"
     )
     if policy.get("objective") is not None:
-        worth = f"{best['objective']:.3f}, the policy {policy['objective']:.3f}"
-        text += f". With the KL counted (beta {baselines['kl_coef']:.2g}) it is worth {worth}"
-        if best["objective"] >= policy["objective"]:
-            text += ": by what it was trained for, too, a constant does better"
-    return [text]
+        text += f", less beta KL {best['objective']:.3f} ({policy['objective']:.3f}; beta {baselines['kl_coef']:.2g})"
+    return [f"{text}; {best['near']:.0%} of the policy's completions are nearly that"]
 
 
 def shown(constant: Mapping[str, Any], most: int = 60) -> str:
@@ -241,6 +256,8 @@ def tricks(numbers: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     pairs = {key: (numbers.get(f"{key}_before"), numbers.get(f"{key}_after")) for key in NUMBERS}
     before, after, token = found.get("before", {}), found.get("after", {}), found.get("one_token")
     pairs["repetition"] = (before.get("repetition"), after.get("repetition"))
+    attributes = [numbers.get(f"attributes_{when}") or {} for when in ("before", "after")]  # the planted language's
+    pairs["second_language"] = tuple(part.get("second_language", {}).get("share") for part in attributes)
     said = [
         form.format(a, b) for key, (tells, form) in RULES.items() if told(pairs[key], tells) for a, b in [pairs[key]]
     ]
@@ -281,6 +298,11 @@ RULES: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "token_entropy": (
         lambda a, b: b < a - 1,
         "the entropy of the tokens fell from {0:.2f} to {1:.2f} nats: the policy writes few words",
+    ),
+    "second_language": (
+        lambda a, b: b > max(0.1, 1.5 * a),
+        "the policy leaves the language: {1:.0%} of its words are in the second one, which has no curse words"
+        " (untouched model: {0:.0%})",
     ),
 }
 """When a pair (before, after) is worth a warning, and the warning."""
