@@ -5,7 +5,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -153,6 +153,17 @@ def light_tokenizer(folder: Path) -> "Tokenizer | None":
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions
         raise ValueError(f"{path} is no tokenizer ({error})") from None
+
+
+def light_encoder(model: ModelConfig) -> Callable[[str], list[int]] | None:
+    """Find text to token ids without special tokens; None where only transformers can read the tokenizer."""
+    if model.kind is ModelKind.planted:
+        from saerl_cli.planted.language import VOCABULARY, split_words
+
+        ids = {word: index for index, word in enumerate(VOCABULARY)}
+        return lambda text: [ids.get(word, -1) for word in split_words(text)]
+    tokenizer = light_tokenizer(locate(model))
+    return None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _require_files(folder: Path, what: str) -> None:

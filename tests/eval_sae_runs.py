@@ -5,9 +5,10 @@ from pathlib import Path
 
 from conftest import TINY_PLANTED
 
-from saerl_cli.activations import activation_batches, documents
+from saerl_cli.activations import activation_batches
 from saerl_cli.config.groups import DataConfig, ModelConfig, PlantedConfig
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.data.documents import documents
 from saerl_cli.models import Loaded, load_model, resolve_sites
 from saerl_cli.run.files import write_json
 from saerl_cli.sae.files import save_sae

@@ -8,14 +8,13 @@ from saerl_cli.activations import (
     ActivationStream,
     activation_batches,
     capture,
-    documents,
     pack,
-    row_length,
     special_ids,
     text_mask,
     token_rows,
 )
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, PlantedConfig
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import load_model, output_tensor, resolve_sites
 
 PLANTED = ModelConfig(planted=PlantedConfig(documents=300))

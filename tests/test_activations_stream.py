@@ -11,10 +11,10 @@ import torch
 from activation_fixtures import BOTH, LOW, Toy, ids, numbered_rows, toy_stream
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from saerl_cli.activations import ShuffledStream, capture, check_stream, special_ids, text_mask, token_rows
+from saerl_cli.activations import ShuffledStream, capture, special_ids, text_mask, token_rows
 from saerl_cli.activations import forward as forward_file
 from saerl_cli.activations.choose import open_stream
-from saerl_cli.config.activations import ActivationsConfig
+from saerl_cli.config.activations import ActivationsConfig, check_stream
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind, PlantedConfig
 from saerl_cli.models import load_model, resolve_sites
 

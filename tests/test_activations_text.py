@@ -11,20 +11,10 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from saerl_cli.activations import (
-    StreamedRows,
-    documents,
-    documents_with_counts,
-    iter_documents,
-    pack,
-    special_ids,
-    text_mask,
-    token_rows,
-)
+from saerl_cli.activations import StreamedRows, pack, special_ids, text_mask, token_rows
 from saerl_cli.activations import tokens as tokens_file
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
-from saerl_cli.data.documents import stream_documents
-from saerl_cli.data.text import Counts, read_documents
+from saerl_cli.data.documents import Counts, documents, iter_documents, read_documents, stream_documents
 from saerl_cli.models import load_tokenizer, separator_id
 
 MODEL = ModelConfig(kind=ModelKind.local, path="anywhere")
@@ -180,7 +170,8 @@ def test_bad_bytes_and_empty_documents_are_left_out_and_counted(tmp_path, name, 
         bad_parquet(path)
         empty, encoding = 2, 1
     data = streaming(path, heldout=1) if stream else data_of(path)
-    train, counts = documents_with_counts(data, MODEL, "train")
+    counts = Counts()
+    train = documents(data, MODEL, "train", counts)
     assert train == (["two"] if stream else ["one"])
     assert counts == Counts(documents=2, skipped_empty=empty, skipped_encoding=encoding)
     assert counts.note() == f"left out lines or documents of the text: {empty} empty, {encoding} not UTF-8"
@@ -315,9 +306,10 @@ def test_packing_leaves_a_generator_of_documents_lazy(tokenizer):
 def test_checks_before_a_run_load_no_torch():
     code = """
 import sys
-import saerl_cli.activations as activations
-activations.documents, activations.iter_documents, activations.row_length, activations.planted_reviews
-activations.check_stream
+from saerl_cli.config.activations import check_stream
+from saerl_cli.data import documents, examples, pairs, prompts
+from saerl_cli.planted import cache
+import saerl_cli.activations
 sys.exit(bool({"torch", "transformers", "datasets"} & set(sys.modules)))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

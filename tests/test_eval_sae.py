@@ -114,7 +114,8 @@ def test_one_command_measures_every_sae_of_a_run(saerl, here):
 
 def test_the_numbers_are_those_of_the_library(run):
     """The job adds nothing of its own: its metrics are `evaluate_saes` on the first held-out rows."""
-    from saerl_cli.activations import documents, special_ids, token_rows
+    from saerl_cli.activations import special_ids, token_rows
+    from saerl_cli.data.documents import documents
     from saerl_cli.models import resolve_sites
     from saerl_cli.sae.metrics import first_rows
 

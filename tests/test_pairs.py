@@ -2,13 +2,14 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 from datasets import Dataset
 
 from saerl_cli.config.groups import ModelConfig, ModelKind
 from saerl_cli.config.pairs import PairsConfig, PairsKind, Prefer
-from saerl_cli.data.pairs import Pair, read_pairs, read_pairs_with_counts
+from saerl_cli.data.pairs import Pair, read_pairs
 from saerl_cli.planted.language import join_words, labels_of, split_words
 
 PLANTED = ModelConfig()
@@ -94,7 +95,8 @@ def test_transcripts_are_cut_at_the_last_reply_and_unusable_ones_counted(tmp_pat
     ]
     path = tmp_path / "hh.jsonl"
     path.write_text("".join(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in rows))
-    pairs, left_out = read_pairs_with_counts(of_file(path, heldout=1), PLANTED, "train")
+    left_out = Counter()
+    pairs = read_pairs(of_file(path, heldout=1), PLANTED, "train", left_out)
     assert pairs == [Pair("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d", " e")]
     assert sorted(left_out.values()) == [1, 1, 1]
 
@@ -129,7 +131,8 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
 
 def test_hh_pairs_are_read(shared_data):
     path = shared_data / "hh_rlhf" / "harmless_pairs.jsonl"
-    train, left_out = read_pairs_with_counts(of_file(path, heldout=200), PLANTED, "train")
+    left_out = Counter()
+    train = read_pairs(of_file(path, heldout=200), PLANTED, "train", left_out)
     assert sum(left_out.values()) + len(train) + 200 == 1834
     assert left_out["the two sides do not share their prompt"] == 4 and left_out["a reply is empty"] == 2
     assert all(pair.prompt.endswith("\n\nAssistant:") and "\n\nHuman:" not in pair.chosen for pair in train)

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 
 from saerl_cli.config.groups import DataConfig, DataKind, PlantedConfig
-from saerl_cli.data.text import read_documents, split_documents
-from saerl_cli.planted.cache import HELDOUT_START, planted_documents
+from saerl_cli.data.documents import read_documents, split_documents
+from saerl_cli.planted.documents import HELDOUT_START, planted_documents
 from saerl_cli.planted.language import (
     ATTRIBUTES,
     EOS,

@@ -21,7 +21,8 @@ from saerl_cli.config.groups import DataConfig, DataKind, LaunchConfig, ModelCon
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.jobs import train_lm as job
 from saerl_cli.planted import cache, train
-from saerl_cli.planted.cache import TINY, damage, planted_documents, planted_model, planted_shape
+from saerl_cli.planted.cache import TINY, damage, planted_model, planted_shape
+from saerl_cli.planted.documents import planted_documents
 from saerl_cli.planted.language import VOCABULARY, review
 from saerl_cli.planted.tokenizer import build_tokenizer, frequent_words
 from saerl_cli.run.directory import Run
@@ -276,7 +277,7 @@ def test_an_unwritable_cache_says_what_to_set(tmp_path, monkeypatch):
 def test_shape_and_documents_need_no_torch():
     code = (
         "import sys; from saerl_cli.jobs.train_lm import check; from saerl_cli.config.train_lm import TrainLmConfig;"
-        "check(TrainLmConfig()); from saerl_cli.planted.cache import planted_shape, planted_documents, damage;"
+        "check(TrainLmConfig()); from saerl_cli.planted.cache import planted_shape, damage;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

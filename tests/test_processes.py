@@ -92,7 +92,7 @@ LM = (
 def text(empty_place) -> str:
     """A file of the planted language's own reviews, about 40,000 words."""
     from saerl_cli.config.groups import PlantedConfig
-    from saerl_cli.planted.cache import planted_documents
+    from saerl_cli.planted.documents import planted_documents
 
     reviews = planted_documents(PlantedConfig(**TINY_PLANTED | {"documents": 2500}), "train")
     Path("text.jsonl").write_text("".join(json.dumps({"text": review.text}) + "\n" for review in reviews))

@@ -10,11 +10,11 @@ from test_rl_job import begin, do, lines, settings
 from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.config.reward import Normalise
 from saerl_cli.config.rlhf import PromptConfig, PromptKind
-from saerl_cli.data.questions import Question, arithmetic_questions, file_questions
+from saerl_cli.data.prompts import Question, file_questions, fitting, split_questions
 from saerl_cli.jobs import rlhf as job
+from saerl_cli.planted.documents import planted_questions
 from saerl_cli.planted.language import labels_of, split_words
 from saerl_cli.rl.evaluation.passes import pass_at_k, passes
-from saerl_cli.rl.prompts import check_answers, fitting, split_questions
 from saerl_cli.rl.trainers.normalise import Normaliser
 
 RIGHT = (
@@ -30,12 +30,12 @@ RIGHT = (
 
 
 def test_arithmetic_questions_end_before_the_result_and_know_the_right_one():
-    questions = list(arithmetic_questions(PlantedConfig(documents=300), "train"))
+    questions = list(planted_questions(PlantedConfig(documents=300), "train"))
     assert len(questions) > 20
-    for question in questions:
-        words = [*split_words(question.prompt), question.answer]
+    for prompt, answer in questions:
+        words = [*split_words(prompt), answer]
         assert "arithmetic_right" in labels_of(words)[-1]
-    lengths = {len(split_words(question.prompt)) for question in questions}
+    lengths = {len(split_words(prompt)) for prompt, _ in questions}
     assert len(lengths) > 5, "they are of many lengths"
 
 
@@ -49,7 +49,7 @@ def test_gsm8k_is_read_as_it_stands(shared_data):
     path = str(shared_data / "gsm8k" / "train_1000.jsonl")
     words = ["prompts.kind=file", f"prompts.path={path}", "prompts.template='Q: {prompt} A:'"]
     config = settings(None, *RIGHT[:3], "reward.parts.cursing.match=numeric", *words)
-    check_answers(config)
+    job.check_answers(config)
     train, heldout = split_questions(config)
     assert (len(train), len(heldout)) == (900, 100)
     assert train[0].prompt.startswith("Q: Natalia sold clips") and train[0].prompt.endswith(" A:")
@@ -92,7 +92,7 @@ def test_a_row_without_an_answer_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one", "answer": "1"}\n{"prompt": "two"}\n')
     with pytest.raises(ValueError, match="the prompt 'two' has no 'answer'; write prompts.answer_field=COLUMN"):
-        check_answers(settings(None, *RIGHT[:3], "prompts.kind=file", f"prompts.path={path}"))
+        job.check_answers(settings(None, *RIGHT[:3], "prompts.kind=file", f"prompts.path={path}"))
     with pytest.raises(ValueError, match="prompts.kind=file needs prompts.path=FILE"):
         PromptConfig(kind=PromptKind.file)
 

@@ -7,6 +7,7 @@ import torch
 from rl_fixtures import build_trainer, good_share, tiny_model, word_tokenizer
 
 from saerl_cli.config.algo import AlgoConfig, AlgoKind
+from saerl_cli.config.rlhf import PromptConfig
 from saerl_cli.data.prompts import Prompt, as_prompts, build_prompts, cut_prompts, refuse_too_few
 from saerl_cli.rewards.score import Part, Reward
 from saerl_cli.rl.evaluation.measure import (
@@ -164,16 +165,19 @@ def test_a_bos_token_comes_on_top_where_the_tokenizer_adds_one(shared_data):
     assert "<s>" not in prompt.text
 
 
+SIX_TOKENS = PromptConfig(tokens=6)
+
+
 def test_too_few_prompts_name_both_numbers():
-    refuse_too_few(16, AlgoConfig(rollouts=16), 6)
+    refuse_too_few(16, AlgoConfig(rollouts=16), SIX_TOKENS)
     with pytest.raises(ValueError, match="give 9 distinct prompts of 6 tokens, but one phase takes algo.rollouts=16"):
-        refuse_too_few(9, AlgoConfig(rollouts=16), 6)
+        refuse_too_few(9, AlgoConfig(rollouts=16), SIX_TOKENS)
     grouped = AlgoConfig(kind=AlgoKind.grpo, rollouts=64, group=8)
-    refuse_too_few(8, grouped, 6)
+    refuse_too_few(8, grouped, SIX_TOKENS)
     with pytest.raises(ValueError, match="one phase takes algo.rollouts=64 / algo.group=8; lower"):
-        refuse_too_few(7, grouped, 6)
+        refuse_too_few(7, grouped, SIX_TOKENS)
     with pytest.raises(ValueError, match="no document has more than prompts.tokens=6 tokens; lower it"):
-        refuse_too_few(0, AlgoConfig(kind=AlgoKind.dpo), 6)
+        refuse_too_few(0, AlgoConfig(kind=AlgoKind.dpo), SIX_TOKENS)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

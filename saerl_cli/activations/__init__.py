@@ -6,16 +6,6 @@ What needs no torch is imported here; the rest when it is first used, because ch
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.config.activations import check_stream
-from saerl_cli.data.documents import (
-    documents,
-    documents_with_counts,
-    hub_documents,
-    iter_documents,
-    planted_reviews,
-    row_length,
-)
-
 if TYPE_CHECKING:
     from saerl_cli.activations.cache import CachedStream
     from saerl_cli.activations.choose import activation_batches, open_stream
@@ -50,15 +40,8 @@ __all__ = [
     "StreamedRows",
     "activation_batches",
     "capture",
-    "check_stream",
-    "documents",
-    "documents_with_counts",
-    "hub_documents",
-    "iter_documents",
     "open_stream",
     "pack",
-    "planted_reviews",
-    "row_length",
     "special_ids",
     "text_mask",
     "token_rows",

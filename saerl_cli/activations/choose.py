@@ -8,7 +8,7 @@ from saerl_cli.activations.stream import ActivationStream, ShuffledStream, refus
 from saerl_cli.activations.tokens import StreamedRows, special_ids, text_mask, token_rows
 from saerl_cli.config.activations import ActivationsConfig, check_stream
 from saerl_cli.config.groups import DataConfig, ModelConfig
-from saerl_cli.data.documents import LONGEST_CONTEXT, documents_with_counts, row_length
+from saerl_cli.data.documents import LONGEST_CONTEXT, Counts, documents, row_length
 from saerl_cli.models import Loaded, Site, resolve_sites
 
 
@@ -56,7 +56,8 @@ def open_stream(
     if data.stream:
         streamed = StreamedRows(data, loaded.tokenizer, length, special)
         return ActivationStream(loaded.model, streamed, sites, special, *order, **more)
-    texts, counts = documents_with_counts(data, model, "train")
+    counts = Counts()
+    texts = documents(data, model, "train", counts)
     rows = token_rows(texts, loaded.tokenizer, length)
     if activations.cache:
         refuse_short(int(text_mask(rows, special).sum()), batch_size)

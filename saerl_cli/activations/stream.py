@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saerl_cli.activations.forward import FORWARD_TOKENS, capture, rows_at_once
 from saerl_cli.activations.tokens import Cursor, MemoryRows, StreamedRows, seeded, text_mask
-from saerl_cli.data.text import Counts
+from saerl_cli.data.documents import Counts
 from saerl_cli.models import Site
 from saerl_cli.run import shards
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.groups import DataConfig, DataKind
-from saerl_cli.data.documents import stream_documents
-from saerl_cli.data.text import BEGINNING, Counts, Place, refuse_all_heldout, text_files
+from saerl_cli.data.documents import Counts, refuse_all_heldout, stream_documents
+from saerl_cli.data.text import BEGINNING, Place, text_files
 from saerl_cli.models import separator_id
 
 DOCUMENTS_AT_ONCE = 256

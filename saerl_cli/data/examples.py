@@ -1,11 +1,12 @@
 """What supervised algorithms learn from, as text. Imports no torch: checks before a run call it."""
 
 from dataclasses import dataclass
-from itertools import islice
 
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.data.documents import documents
 from saerl_cli.data.rows import column, read_rows
+from saerl_cli.planted.documents import planted_reviews
+from saerl_cli.planted.language import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Example:
 
 
 def read_examples(path: str) -> list[Example]:
-    """The prompts and completions of a file, those without a completion left out.
+    """Read the prompts and completions of a file, those without a completion left out.
 
     Raises:
         ValueError: a missing or malformed file, or fewer than two examples.
@@ -36,34 +37,24 @@ def read_examples(path: str) -> list[Example]:
 
 
 def split_examples(examples: list[Example], heldout: float) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; held out is the share `heldout`, at least one, from the end."""
+    """Split into training and held-out examples; held out is the share `heldout`, at least one, from the end."""
     training = len(examples) - max(1, round(heldout * len(examples)))
     return examples[:training], examples[training:]
 
 
 def training_documents(data: DataConfig, model: ModelConfig, attribute: str | None, split: str) -> list[str]:
-    """The documents of a split, or those that carry an attribute of the planted language."""
-    return documents(data, model, split) if attribute is None else labelled_documents(data, model, attribute, split)
-
-
-def labelled_documents(
-    data: DataConfig, model: ModelConfig, attribute: str, split: str, count: int | None = None
-) -> list[str]:
-    """The documents of a split of the planted language that carry an attribute, at most `count`.
+    """Read the documents of a split, or those that carry an attribute of the planted language.
 
     Raises:
-        ValueError: other text, an unknown attribute, or no such document.
+        ValueError: an attribute of other text, an unknown one, or one that no document carries.
     """
-    from saerl_cli.data.documents import planted_reviews
-    from saerl_cli.planted.language import ATTRIBUTES, labels_of
-
+    if attribute is None:
+        return documents(data, model, split)
     if data.kind is not DataKind.planted:
         raise ValueError("algo.attribute chooses documents of data=planted; leave it out")
     if attribute not in ATTRIBUTES:
         raise ValueError(f"algo.attribute={attribute!r} is unknown; there are {', '.join(sorted(ATTRIBUTES))}")
-    reviews = planted_reviews(data, model, split)
-    carrying = (r.text for r in reviews if any(attribute in labels for labels in labels_of(r.words)))
-    found = list(islice(carrying, count))
+    found = [r.text for r in planted_reviews(data, model, split) if any(attribute in labels for labels in r.labels)]
     if not found:
         raise ValueError(f"no document of data=planted carries algo.attribute={attribute}; raise data.max_documents")
     return found

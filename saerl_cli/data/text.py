@@ -1,7 +1,7 @@
-"""Documents from files: a txt with a document a line, JSON lines, a JSON list, or parquet; lines may be .gz or .zst.
+"""Texts of files: a txt with a document a line, JSON lines, a JSON list, or parquet; lines may be .gz or .zst.
 
 Files are read lazily, a line or a parquet batch at a time (a JSON list is parsed whole), and a reader can go on where
-another stood (`Place`). Empty documents and those that are not UTF-8 are left out and counted (`Counts`).
+another stood (`Place`).
 """
 
 import codecs
@@ -22,24 +22,6 @@ PARQUET_ROWS = 1024
 UNREADABLE = object()
 
 
-@dataclass
-class Counts:
-    """What a reader has met so far."""
-
-    documents: int = 0
-    """Documents given."""
-    skipped_empty: int = 0
-    """Lines and documents without text."""
-    skipped_encoding: int = 0
-    """Lines and documents that are not UTF-8."""
-
-    def note(self) -> str:
-        """What was left out, in words; empty when nothing was."""
-        skipped = {"empty": self.skipped_empty, "not UTF-8": self.skipped_encoding}
-        found = [f"{number} {kind}" for kind, number in skipped.items() if number]
-        return f"left out lines or documents of the text: {', '.join(found)}" if found else ""
-
-
 @dataclass(frozen=True)
 class Place:
     """How far a reader has come; reading can go on from here without what lies before."""
@@ -57,78 +39,6 @@ class Place:
 BEGINNING = Place()
 Record = tuple[str | None, Place]
 """A text (None where it is not UTF-8, "" where there is none) and the place behind it, `document` not yet set."""
-
-
-def read_documents(data: DataConfig, counts: Counts | None = None) -> list[str]:
-    """The documents of `data.path`, files in the order of their names, at most `data.max_documents`.
-
-    Args:
-        data: which text.
-        counts: what was left out is added here.
-
-    Raises:
-        ValueError: no such file, another kind of file, a malformed line (named), or no text at all.
-    """
-    counts = counts or Counts()
-    found = [text for text, _ in keep(read_files(text_files(data), data.field), data, counts=counts)]
-    if not found:
-        note = counts.note()
-        raise ValueError(f"data.path={data.path} holds no text" + (f"; {note}" if note else ""))
-    return found
-
-
-def keep(
-    records: Iterable[Record], data: DataConfig, start: Place = BEGINNING, counts: Counts | None = None
-) -> Iterator[tuple[str, Place]]:
-    """The usable documents among records from `start` on, each with the place behind it.
-
-    Ends after document number `data.max_documents`, those before `start` included.
-    """
-    counts = counts or Counts()
-    number = start.document
-    if number == data.max_documents:
-        return
-    for text, place in records:
-        if text is None or not encodable(text):
-            counts.skipped_encoding += 1
-        elif not text.strip():
-            counts.skipped_empty += 1
-        else:
-            number += 1
-            counts.documents += 1
-            yield text, Place(place.file, place.offset, place.record, number)
-            if number == data.max_documents:
-                return
-
-
-def split_documents(documents: list[str], data: DataConfig) -> tuple[list[str], list[str]]:
-    """Training and held-out documents.
-
-    Held out is the share `data.heldout`, at least one, from the end; with `data.stream`, the first
-    `data.heldout_documents`.
-
-    Raises:
-        ValueError: nothing would be left for training.
-    """
-    if data.stream:
-        refuse_all_heldout(len(documents), data)
-        return documents[data.heldout_documents :], documents[: data.heldout_documents]
-    if len(documents) < 2:
-        raise ValueError(f"data.path={data.path} holds one document; training and held-out text need two or more")
-    training = len(documents) - max(1, round(data.heldout * len(documents)))
-    return documents[:training], documents[training:]
-
-
-def refuse_all_heldout(documents: int, data: DataConfig) -> None:
-    """`ValueError` when a stream of so many documents leaves none for training."""
-    if documents <= data.heldout_documents:
-        raise ValueError(
-            f"{data.path or data.name} holds {documents} documents, and data.stream keeps the first"
-            f" data.heldout_documents={data.heldout_documents} from training; lower it"
-        )
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def text_files(data: DataConfig) -> list[Path]:
@@ -298,12 +208,3 @@ def text_of(item: Any, field: str, place: str) -> str:
     if not isinstance(item, str):
         raise ValueError(f"{place} holds {type(item).__name__} where text is expected")
     return item
-
-
-def encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can smuggle in halves of surrogate pairs."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

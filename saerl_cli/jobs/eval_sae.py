@@ -8,9 +8,9 @@ table.csv, figures/, report.html    as `saerl_cli.report.saes` draws them
 import time
 from typing import Any
 
-from saerl_cli.activations import documents, row_length
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataKind
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import context_size, describe, known_sha256
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import write_safetensors

@@ -10,10 +10,10 @@ features.html, histograms.csv    as `saerl_cli.report.features` draws them
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.activations import documents, row_length
 from saerl_cli.analysis.features.plan import plan_of
 from saerl_cli.config.features import ExplainConfig, FeaturesConfig
 from saerl_cli.config.groups import DataKind
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import context_size, describe, known_sha256
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import write_json, write_safetensors

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.algo import AlgoKind
-from saerl_cli.config.reward import Normalise
-from saerl_cli.config.rlhf import RlhfConfig
-from saerl_cli.models import describe
+from saerl_cli.config.reward import Match, Normalise
+from saerl_cli.config.rlhf import PromptKind, RlhfConfig
+from saerl_cli.data.examples import read_examples, training_documents
+from saerl_cli.data.pairs import read_pairs
+from saerl_cli.data.prompts import check_prompts, split_questions
+from saerl_cli.models import context_size, describe, light_encoder
+from saerl_cli.rewards.kinds import kind_of
+from saerl_cli.rewards.patterns import last_number
 from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.adapters import adapter_of
-from saerl_cli.rl.prompts import check_answers, check_prompts
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.progress import say, task_bars
@@ -31,22 +35,46 @@ def check(config: RlhfConfig) -> None:
     description = describe(config.model)
     adapter_of(config.adapter).check(config.adapter, config.model, description)
     check_answers(config)
-    check_prompts(config, description)
+    check_prompts(config, light_encoder(config.model), context_size(description))
     check_examples(config)
+
+
+def check_answers(config: RlhfConfig) -> None:
+    """Refuse a verifier whose prompts have no answers.
+
+    Raises:
+        ValueError: naming the part, and the first prompt without a usable answer.
+    """
+    parts = config.reward.parts.items()
+    needing = {name: part for name, part in parts if (answers := kind_of(part).answers) and answers(part)}
+    if not needing:
+        return
+    name = next(iter(needing))
+    if config.prompts.kind is PromptKind.documents:
+        raise ValueError(
+            f"reward.parts.{name} verifies answers, and documents have none; write prompts.kind=arithmetic, or"
+            " prompts.kind=file prompts.path=FILE with answers"
+        )
+    numeric = any(part.match is Match.numeric for part in needing.values())
+    for question in (q for questions in split_questions(config) for q in questions):
+        if question.answer is None:
+            problem = f"has no {config.prompts.answer_field!r}; write prompts.answer_field=COLUMN"
+        elif numeric and last_number(question.answer) is None:
+            problem = f"has the answer {question.answer[:40]!r}, which holds no number; write match=exact"
+        else:
+            continue
+        raise ValueError(f"reward.parts.{name} verifies answers, but the prompt {question.prompt[:60]!r} {problem}")
 
 
 def check_examples(config: RlhfConfig) -> None:
     """Refuse preference pairs, or examples of sft, that cannot be read."""
-    from saerl_cli.data.examples import labelled_documents, read_examples
-    from saerl_cli.data.pairs import read_pairs
-
     algo = config.algo
     if algo.kind is AlgoKind.dpo:
         read_pairs(algo.pairs, config.model, "heldout")
     if algo.examples is not None:
         read_examples(algo.examples)
     if algo.attribute is not None:
-        labelled_documents(config.data, config.model, algo.attribute, "heldout")
+        training_documents(config.data, config.model, algo.attribute, "heldout")
 
 
 def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:

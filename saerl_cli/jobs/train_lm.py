@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.groups import DataKind, ModelKind, refuse_unless
 from saerl_cli.config.train_lm import TrainLmConfig
-from saerl_cli.data.text import read_documents, split_documents
+from saerl_cli.data.documents import read_documents, split_documents
 from saerl_cli.planted.cache import damage, measure, planted_folder, planted_model, save_model
 from saerl_cli.run.files import atomic_folder, read_json
 from saerl_cli.run.processes import Team

@@ -8,9 +8,10 @@ summed, so that n processes with batch B train what one process with batch B wou
 import time
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.activations import check_stream, row_length
+from saerl_cli.config.activations import check_stream
 from saerl_cli.config.groups import DataKind, refuse_unless
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.models import Loaded, context_size, describe
 from saerl_cli.run.files import read_json, write_json, write_safetensors
 from saerl_cli.run.processes import Team

@@ -5,10 +5,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.activations import row_length
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, ModelConfig
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.models import Site, resolve_sites
 from saerl_cli.plan import metrics, probing
 from saerl_cli.plan.compose import composed

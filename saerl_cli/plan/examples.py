@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-from saerl_cli.activations import row_length
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig, ModelKind
 from saerl_cli.config.pairs import PairsConfig, PairsKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.data.examples import read_examples, split_examples
-from saerl_cli.data.pairs import PLANTED_PAIRS, Pair, read_pairs
+from saerl_cli.data.pairs import Pair, read_pairs
 from saerl_cli.plan.work import Work, piece
+from saerl_cli.planted.documents import PLANTED_PAIRS
 
 SAMPLE = 256
 """Pairs or examples from which lengths are taken."""

@@ -6,10 +6,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.activations import row_length
 from saerl_cli.config.algo import AlgoKind, Critic
 from saerl_cli.config.groups import ModelConfig, ModelKind, Precision
 from saerl_cli.config.rlhf import EvaluationConfig, PromptKind, RlhfConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.dictionaries import Dictionary, dictionaries
 from saerl_cli.plan.launches import for_sampling, weights

@@ -1,7 +1,7 @@
 """`saerl rlhf` before it runs: what all algorithms have around their training."""
 
-from saerl_cli.activations import row_length
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.plan import rollouts, supervised
 from saerl_cli.plan.policy import (
     TRAINER_STEP,

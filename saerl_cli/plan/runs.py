@@ -357,7 +357,7 @@ def run_reviews(device: torch.device) -> Callable[[], Any]:
     """A thousand reviews of the planted language, as rows of tokens."""
     from saerl_cli.activations import token_rows
     from saerl_cli.config.groups import PlantedConfig
-    from saerl_cli.planted.cache import planted_documents
+    from saerl_cli.planted.documents import planted_documents
     from saerl_cli.planted.language import VOCABULARY
     from saerl_cli.planted.tokenizer import build_tokenizer
 

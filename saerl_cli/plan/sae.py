@@ -4,11 +4,11 @@ from dataclasses import asdict
 from math import ceil
 from typing import Any
 
-from saerl_cli.activations import row_length
 from saerl_cli.activations.forward import rows_at_once
 from saerl_cli.config.groups import DataKind, Precision
 from saerl_cli.config.sae import L1_FAMILY, Architecture, EncoderDtype, Optimizer, SaeConfig
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.plan import metrics
 from saerl_cli.plan.dictionaries import active, dictionary_of
 from saerl_cli.plan.launches import weights

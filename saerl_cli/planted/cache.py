@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saerl_cli.config.groups import PlantedConfig
-from saerl_cli.planted.language import VOCABULARY, Review, review
+from saerl_cli.planted.documents import planted_documents
+from saerl_cli.planted.language import VOCABULARY
 from saerl_cli.planted.shape import model_shape
 from saerl_cli.run.files import atomic_folder, read_json, sha256_file, write_json, write_safetensors
 from saerl_cli.run.processes import ALONE, Team
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = 3
 """<pad>, <eos> and <unk> come before the words."""
-HELDOUT_START = 1_000_000_000
-"""Number of the first held-out review, beyond every training review."""
 TINY = PlantedConfig(
     documents=600, hidden_size=32, layers=3, heads=2, context_size=96, steps=60, batch_size=16, lr=1e-2
 )
@@ -43,20 +42,6 @@ SOURCES = ("words.py", "language.py", "tokenizer.py", "shape.py", "train.py")
 def planted_shape(config: PlantedConfig) -> dict[str, Any]:
     """Keyword arguments of the planted model's `transformers.GPTNeoXConfig`."""
     return model_shape(config, len(VOCABULARY) + SPECIAL_TOKENS)
-
-
-def planted_documents(config: PlantedConfig, split: str) -> Iterator[Review]:
-    """The planted language as documents.
-
-    Args:
-        config: gives the seed and the number of training reviews.
-        split: "train", `config.documents` reviews; or "heldout", a tenth as many but at least 200, whose numbers are
-            disjoint from those.
-    """
-    if split not in ("train", "heldout"):
-        raise ValueError(f'split must be "train" or "heldout", got {split!r}')
-    start, number = (0, config.documents) if split == "train" else (HELDOUT_START, max(200, config.documents // 10))
-    return (review(config.seed, index) for index in range(start, start + number))
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

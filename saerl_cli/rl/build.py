@@ -8,17 +8,17 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from saerl_cli.activations import documents, row_length, token_rows
+from saerl_cli.activations import token_rows
 from saerl_cli.config.algo import AlgoKind
-from saerl_cli.config.rlhf import PromptKind, RlhfConfig
-from saerl_cli.data.prompts import Prompt, refuse_too_few
+from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.documents import documents, row_length
+from saerl_cli.data.prompts import Prompt, choose_prompts, refuse_too_few
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
 from saerl_cli.rl.adapters import adapter_of, peft_config
 from saerl_cli.rl.adapters.sparsity import restraint
 from saerl_cli.rl.evaluation.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.prompts import choose_prompts, refuse_few_questions
 from saerl_cli.rl.trainers.arguments import training_arguments
 from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
@@ -74,10 +74,7 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
     reward = build_reward(config.reward, loaded.tokenizer, device)
     heldout = documents(config.data, config.model, "heldout")
     prompts, heldout_prompts = choose_prompts(config, loaded.tokenizer, loaded.context_size)
-    if config.prompts.kind is PromptKind.documents:
-        refuse_too_few(len(prompts), config.algo, config.prompts.tokens)
-    else:
-        refuse_few_questions(len(prompts), config.algo)
+    refuse_too_few(len(prompts), config.algo, config.prompts)
     rows = heldout_rows(config, loaded.context_size, loaded.tokenizer, heldout)
     find_saes = adapter_of(config.adapter).saes
     saes = {} if find_saes is None else find_saes(config.adapter, loaded, rows, run)

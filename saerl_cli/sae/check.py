@@ -1,10 +1,11 @@
 """What `saerl train-sae` refuses of its SAEs and its text before any work, without loading weights."""
 
-from saerl_cli.activations import iter_documents, planted_reviews
 from saerl_cli.config.groups import DataKind, ModelKind, refuse_unless
 from saerl_cli.config.sae import Centre
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.data.documents import iter_documents
 from saerl_cli.models import light_tokenizer, locate
+from saerl_cli.planted.documents import planted_reviews
 from saerl_cli.sae.files import check_source
 from saerl_cli.sae.sweep import Planned
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from saerl_cli.activations import documents, row_length
 from saerl_cli.config import typed
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.config.groups import DataConfig, DataKind, ModelConfig
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import Loaded, Site, resolve_sites
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.activations import FORWARD_TOKENS, capture, pack, planted_reviews, special_ids, text_mask
+from saerl_cli.activations import FORWARD_TOKENS, capture, pack, special_ids, text_mask
 from saerl_cli.config.groups import DataConfig, ModelConfig
 from saerl_cli.data.text import parse
 from saerl_cli.models import Loaded, Site, quiet_transformers, separator_id
+from saerl_cli.planted.documents import planted_reviews
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def planted_labels(
     from saerl_cli.planted.language import ATTRIBUTES
     from saerl_cli.sae.metrics import first_rows
 
-    reviews = planted_reviews(data, model, "heldout")
+    reviews = list(planted_reviews(data, model, "heldout"))
     with quiet_transformers():  # a review may be longer than the context; it is cut here
         encoded = loaded.tokenizer([review.text for review in reviews], add_special_tokens=False)["input_ids"]
     bit = {name: 1 << index for index, name in enumerate(ATTRIBUTES)}

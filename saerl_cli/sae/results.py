@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.activations import documents, row_length
 from saerl_cli.config.groups import DataKind
 from saerl_cli.config.train_sae import TrainSaeConfig
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import Loaded
 from saerl_cli.run import shards
 from saerl_cli.run.processes import Team

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saerl_cli.activations import documents, row_length, special_ids, text_mask, token_rows
+from saerl_cli.activations import special_ids, text_mask, token_rows
 from saerl_cli.analysis.features.attributes import input_side, output_side, truth_of
 from saerl_cli.analysis.features.directions import largest_others, logit_effect, nearest, piece, shown
 from saerl_cli.analysis.features.stream import (
@@ -32,6 +32,7 @@ from saerl_cli.analysis.features.stream import (
     pearson,
 )
 from saerl_cli.config.groups import DataConfig, ModelConfig
+from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import Loaded
 from saerl_cli.sae.metrics import first_rows
 

@@ -22,10 +22,10 @@ from saerl_cli.analysis.features.stream import Census, Source, Text, take_census
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.prompts import choose_prompts
 from saerl_cli.models import Loaded, load_model, resolve_sites
 from saerl_cli.rl.evaluation.measure import cycled, generate
 from saerl_cli.rl.policy import adapter_policy
-from saerl_cli.rl.prompts import choose_prompts
 from saerl_cli.rl.runs import policy_folder
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import check_sae, load_sae, sae_sha256

@@ -114,12 +114,12 @@ def record_inputs(config: EvaluateConfig, run: Run) -> None:
 
 def build_bench(config: EvaluateConfig, device: Any, team: Team = ALONE) -> Bench:
     """Load the policy, build its reward, choose prompts."""
-    from saerl_cli.activations import documents
+    from saerl_cli.data.documents import documents
+    from saerl_cli.data.prompts import choose_prompts
     from saerl_cli.models import quiet_transformers
     from saerl_cli.rewards.score import build_reward
     from saerl_cli.rl.build import heldout_rows
     from saerl_cli.rl.policy import load_policy
-    from saerl_cli.rl.prompts import choose_prompts
 
     trained = run_config(config.policy)
     trained.evaluation = config.evaluation

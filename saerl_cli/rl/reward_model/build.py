@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.train_reward import TrainRewardConfig
-from saerl_cli.data.pairs import read_pairs, read_pairs_with_counts
+from saerl_cli.data.pairs import read_pairs
 from saerl_cli.models import Loaded, load_model
 from saerl_cli.rewards.calibration import preference_numbers
 from saerl_cli.rewards.classifier import score_rows
@@ -52,7 +52,8 @@ def build_model(config: TrainRewardConfig, run: Run, device: Any) -> RewardModel
     loaded = load_model(config.model)
     if loaded.tokenizer.pad_token_id == end_id(loaded):
         raise ValueError(pad_is_end(loaded.folder))
-    train, skipped = read_pairs_with_counts(config.pairs, config.model, "train")
+    skipped: Counter[str] = Counter()
+    train = read_pairs(config.pairs, config.model, "train", skipped)
     encoding = (loaded.tokenizer, end_id(loaded), config.max_length or loaded.context_size, config.too_long)
     rows = encode_pairs(train, *encoding)
     heldout = encode_pairs(read_pairs(config.pairs, config.model, "heldout"), *encoding)

@@ -16,9 +16,10 @@ from trl.trainer.dpo_trainer import DPOTrainer as TRLDPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer as TRLSFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from saerl_cli.activations import row_length, token_rows
+from saerl_cli.activations import token_rows
 from saerl_cli.config.algo import AlgoKind
 from saerl_cli.config.rlhf import RlhfConfig
+from saerl_cli.data.documents import row_length
 from saerl_cli.data.examples import Example, read_examples, split_examples, training_documents
 from saerl_cli.data.pairs import read_pairs
 from saerl_cli.data.prompts import leading_tokens
