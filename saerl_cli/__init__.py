@@ -17,8 +17,8 @@ PUBLIC = {
     "open_sae": "saerl_cli.sae.files",
     "SparseCoeffConfig": "saerl_cli.adapter",
     "sparse_coeffs": "saerl_cli.adapter",
-    "PPOConfig": "saerl_cli.rl.trainers.ppo_config",
-    "PPOTrainer": "saerl_cli.rl.trainers.ppo",
+    "PPOConfig": "saerl_cli.rl.training.config",
+    "PPOTrainer": "saerl_cli.rl.training.phase",
     "load_policy": "saerl_cli.rl.policy",
 }
 """Name -> the module that defines it."""

@@ -11,12 +11,10 @@ from saerl_cli.adapter.restraint import Restraint
 from saerl_cli.config.adapter import AdapterConfig, SparsityConfig, Splice
 from saerl_cli.models import Loaded
 from saerl_cli.rl.adapters import peft_config
-from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
-from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, RLOOPhases, RWRPhases, SFTPhases
-from saerl_cli.rl.trainers.ppo import PPOTrainer
-from saerl_cli.rl.trainers.ppo_config import PPOConfig
-from saerl_cli.rl.trainers.regression import RWRTrainer
-from saerl_cli.rl.trainers.supervised import DPOTrainer, SFTTrainer
+from saerl_cli.rl.training.config import DPOConfig, PPOConfig, RWRConfig, SFTConfig
+from saerl_cli.rl.training.phase import PPOTrainer
+from saerl_cli.rl.training.regression import RWRTrainer
+from saerl_cli.rl.training.supervised import DPOTrainer, SFTTrainer
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
 
@@ -81,11 +79,11 @@ GROUPS = {**ROLLOUTS, "num_iterations": 2, "num_generations": 4}
 SUPERVISED = {"per_device_train_batch_size": 8, "phase_steps": 8}
 ALGOS = {
     "ppo": (PPOTrainer, PPOConfig, {**ROLLOUTS, "num_iterations": 2}),
-    "grpo": (GRPOTrainer, GRPOPhases, GROUPS),
-    "rloo": (RLOOTrainer, RLOOPhases, GROUPS),
-    "sft": (SFTTrainer, SFTPhases, {**SUPERVISED, "dataset_kwargs": {"skip_prepare_dataset": True}}),
-    "dpo": (DPOTrainer, DPOPhases, {**SUPERVISED, "max_length": None}),
-    "rwr": (RWRTrainer, RWRPhases, {**SUPERVISED, "longest": 4, "dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "grpo": (PPOTrainer, PPOConfig, {**GROUPS, "algorithm": "grpo", "scale_rewards": "group"}),
+    "rloo": (PPOTrainer, PPOConfig, {**GROUPS, "algorithm": "rloo"}),
+    "sft": (SFTTrainer, SFTConfig, {**SUPERVISED, "dataset_kwargs": {"skip_prepare_dataset": True}}),
+    "dpo": (DPOTrainer, DPOConfig, {**SUPERVISED, "max_length": None}),
+    "rwr": (RWRTrainer, RWRConfig, {**SUPERVISED, "longest": 4, "dataset_kwargs": {"skip_prepare_dataset": True}}),
 }
 """Trainer, its settings, and what a phase of 8 optimiser steps is."""
 

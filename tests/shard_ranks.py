@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM, LlamaConfig, 
 from saerl_cli.activations import capture
 from saerl_cli.config.adapter import SparsityConfig
 from saerl_cli.models import resolve_sites
-from saerl_cli.rl.trainers import checkpoint
-from saerl_cli.rl.trainers.exact import ExactTrainer
+from saerl_cli.rl.training import checkpoint
+from saerl_cli.rl.training.base import PhasedTrainer
 from saerl_cli.run import shards
 from saerl_cli.run.worker import leave
 
@@ -62,7 +62,7 @@ def split_model(folder: Path, whole_for_sampling: bool = False) -> GPTNeoXForCau
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, split: bool, **settings) -> tuple[ExactTrainer, list[dict]]:
+def train(folder: Path, split: bool, **settings) -> tuple[PhasedTrainer, list[dict]]:
     """A trained trainer and its metrics, the clock's left out."""
     rows: list[dict] = []
     settings = dict(settings)
@@ -134,7 +134,7 @@ def initial(folder: Path, settings: dict) -> list[torch.Tensor]:
     return list(trained(build_trainer(folder, **settings, ddp_backend="gloo")).values())
 
 
-def restored(trainer: ExactTrainer, folder: Path, found: checkpoint.Contents) -> bool:
+def restored(trainer: PhasedTrainer, folder: Path, found: checkpoint.Contents) -> bool:
     """Whether a checkpoint brings back parameters and moments that were spoilt, to the bit."""
     place = folder / "checkpoint"
     found = copy.deepcopy(found)  # on the CPU what is not split is the trainer's own

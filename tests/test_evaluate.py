@@ -20,8 +20,8 @@ def test_the_policy_is_kept_along_the_way(finished, saes):
     from safetensors.torch import load_file
 
     from saerl_cli.adapter import deltas
+    from saerl_cli.rl import snapshots
     from saerl_cli.rl.policy import load_policy
-    from saerl_cli.rl.trainers import snapshots
 
     assert sorted(policies(finished.path)) == ["step-4.safetensors", "step-8.safetensors"]
     saved = load_file(finished.path / "policies" / "step-8.safetensors")
@@ -38,7 +38,7 @@ def test_the_policy_is_kept_along_the_way(finished, saes):
 
 
 def test_how_many_policies_are_kept(saes):
-    from saerl_cli.rl.trainers.snapshots import phases_kept
+    from saerl_cli.rl.snapshots import phases_kept
 
     long = ["algo.phases=45"]
     assert phases_kept(settings(saes, *long)) == {5, 10, 15, 20, 25, 30, 35, 40}
@@ -54,8 +54,8 @@ def test_a_snapshot_of_another_run_is_refused(finished, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
+    from saerl_cli.rl import snapshots
     from saerl_cli.rl.policy import load_policy
-    from saerl_cli.rl.trainers import snapshots
 
     model = load_policy(finished.path).model
     saved = load_file(finished.path / "policies" / "step-4.safetensors")

@@ -96,7 +96,7 @@ FEW = (
 
 
 def test_few_coefficients_resumed_to_the_bit(saes, tmp_path, monkeypatch):  # noqa: F811
-    from saerl_cli.rl.trainers.ppo import PPOTrainer
+    from saerl_cli.rl.training.phase import PPOTrainer
 
     config = settings(saes, *FEW)
     job.check(config)

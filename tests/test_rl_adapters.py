@@ -11,7 +11,7 @@ from saerl_cli.config.adapter import AdapterConfig, SparsityConfig
 from saerl_cli.models import Loaded
 from saerl_cli.rl.adapters import peft_config
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
-from saerl_cli.rl.trainers.value import is_value_parameter
+from saerl_cli.rl.rollouts.scoring import is_value_parameter
 
 BASELINES = ["lora", "ia3", "steering_vector", "bias_only", "random_dictionary", "neuron_basis"]
 MOVES = {

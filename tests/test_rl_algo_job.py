@@ -184,7 +184,7 @@ def test_a_splice_that_improves_the_loss_by_itself_is_told():
 
 
 def test_a_gradient_of_nought_is_told(saes, tmp_path, capsys, monkeypatch):
-    from saerl_cli.rl.trainers.supervised import SFTTrainer
+    from saerl_cli.rl.training.supervised import SFTTrainer
 
     true = SFTTrainer.compute_loss
     monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self, *args, **kwargs: true(self, *args, **kwargs) * 0)
@@ -205,7 +205,7 @@ def test_examples_teach_their_completions_alone(saes, tmp_path):
 
 def test_rows_and_labels(tiny_planted_model):
     from saerl_cli.data.examples import Example
-    from saerl_cli.rl.trainers.supervised import example_row, fitting, packed_row
+    from saerl_cli.rl.training.examples import example_row, fitting, packed_row
 
     assert packed_row([9, 4, 5, 9, 6, 9, 9, 9])["labels"] == [-100, 4, 5, 9, 6, 9, -100, -100]
 

@@ -15,7 +15,7 @@ from saerl_cli.jobs import rlhf as job
 from saerl_cli.planted.documents import planted_questions
 from saerl_cli.planted.language import labels_of, split_words
 from saerl_cli.rl.evaluation.passes import pass_at_k, passes
-from saerl_cli.rl.trainers.normalise import Normaliser
+from saerl_cli.rl.training.normalise import Normaliser
 
 RIGHT = (
     "reward.parts.cursing.kind=verifier",
@@ -165,7 +165,7 @@ def test_a_verified_run_measures_pass_at_k_first_and_warns(tiny_planted_model, t
 
 @pytest.mark.parametrize("kind", ["calibrate", "running"])
 def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_planted_model, tmp_path, monkeypatch, kind):
-    from saerl_cli.rl.trainers.ppo import PPOTrainer
+    from saerl_cli.rl.training.phase import PPOTrainer
 
     config = settings(None, f"reward.normalise={kind}", "reward.clip=1.5")
     whole = do(tmp_path / "whole", config)

@@ -5,8 +5,8 @@ import torch
 from adapter_fixtures import VOCABULARY, coefficients_on, tiny_llama, tiny_neox
 from trl.trainer.utils import add_fused_lm_head
 
-from saerl_cli.rl.frozen import head
-from saerl_cli.rl.frozen.head import FrozenHead, add_frozen_head
+from saerl_cli.rl.rollouts import scoring
+from saerl_cli.rl.rollouts.scoring import FrozenHead, add_scoring_head
 
 
 def batch():
@@ -27,13 +27,13 @@ def scored(policy):
 @pytest.mark.parametrize("make", [tiny_neox, tiny_llama])
 @pytest.mark.parametrize(("temperature", "autocast"), [(1.0, False), (0.7, False), (1.0, True)])
 def test_it_is_trl_s_head(tmp_path, monkeypatch, make, temperature, autocast):
-    monkeypatch.setattr(head, "HELD", 1)  # tiles of 16 of the 22 tokens
+    monkeypatch.setattr(scoring, "LOGITS_HELD", 1)  # tiles of 16 of the 22 tokens
     base = make().requires_grad_(False)
     add_fused_lm_head(base, temperature, outputs=("log_probs", "entropy"))
     policy = coefficients_on(base, tmp_path, seed=3)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         want, gradients = scored(policy)
-        add_frozen_head(base, temperature)
+        add_scoring_head(base, temperature)
         got, ours = scored(policy)
     assert "FrozenHead" in str(got.log_probs.grad_fn.next_functions), "it is ours that ran"
     close = {"atol": 0.2, "rtol": 0.05} if autocast else {"atol": 2e-5, "rtol": 1e-4}
@@ -61,7 +61,7 @@ def test_gradients_are_finite_differences():
 def test_a_head_that_is_trained_keeps_trl_s():
     base = tiny_neox().requires_grad_(True)
     add_fused_lm_head(base, outputs=("log_probs", "entropy"))
-    add_frozen_head(base, 1.0)
+    add_scoring_head(base, 1.0)
     base(**batch()).log_probs.sum().backward()
     assert base.lm_head.weight.grad.abs().sum() > 0
 
@@ -71,6 +71,6 @@ def test_without_the_flag_the_model_is_itself():
     ids = batch()["input_ids"]
     want = base(input_ids=ids, labels=ids)
     add_fused_lm_head(base)
-    add_frozen_head(base, 1.0)
+    add_scoring_head(base, 1.0)
     got = base(input_ids=ids, labels=ids)
     assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)

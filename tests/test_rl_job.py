@@ -245,7 +245,7 @@ def policies(path: Path) -> dict[str, bytes]:
 
 
 def test_killed_and_started_again_ends_with_the_same_bits(saes, finished, tmp_path, monkeypatch):
-    from saerl_cli.rl.trainers.ppo import PPOTrainer
+    from saerl_cli.rl.training.phase import PPOTrainer
 
     config = settings(saes)
     run = begin(tmp_path, config)
@@ -307,7 +307,7 @@ def test_a_run_begun_with_other_saes_is_not_continued(saes, finished, tmp_path):
 
 
 def test_a_frozen_tensor_that_moves_fails_the_run(saes, tmp_path, monkeypatch):
-    from saerl_cli.rl.trainers.ppo import PPOTrainer
+    from saerl_cli.rl.training.phase import PPOTrainer
 
     true = PPOTrainer.describe_rollouts
 

@@ -1,7 +1,5 @@
 """The frozen part computed once: which modules it is, and that nothing changes by it, to the bit."""
 
-import contextlib
-
 import pytest
 import torch
 from adapter_fixtures import FEATURES, VOCABULARY, WIDTH, coefficients_on, random_sae, tiny_llama, tiny_neox
@@ -9,9 +7,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from rl_fixtures import build_trainer, trained
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from saerl_cli.adapter.codes import by_sequence, concatenated, from_sequences, scaled, sparse_codes
-from saerl_cli.rl.frozen.prefix import Prefix, chunk, find_prefix, joined
-from saerl_cli.rl.trainers.value import add_value_head
+from saerl_cli.adapter.codes import by_sequence, from_sequences, scaled, sparse_codes
+from saerl_cli.rl.rollouts.prefix import Prefix, find_prefix, take
+from saerl_cli.rl.rollouts.scoring import add_critic, add_scoring_head
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +41,8 @@ def policy_on(folder, model="neox", sites=("mlp_out.1",), splice="error_preservi
     if splice == "reconstruct":
         policy.add_adapter("ref", policy.peft_config["default"])
         policy.set_adapter("default")
-    head = add_value_head(base)
+    head = add_critic(base)
+    add_scoring_head(base, 1.0)
     head.out.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     return policy.train()
 
@@ -84,14 +83,14 @@ def equal(first, second) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def recorded_in_chunks(policy, prefix, batch, size=2, autocast=False):
-    parts = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for start in range(0, len(batch["input_ids"]), size):
-            with prefix.record() as recorded:
-                policy(**chunk(batch, start, size), fused_lm_head=True)
-            parts.append(recorded)
-    return joined(parts)
+def recorded_of(policy, prefix, batch, autocast=False):
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        prefix.record() as recorded,
+    ):
+        policy(**batch, fused_lm_head=True)
+    return recorded
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -103,11 +102,11 @@ def test_the_cache_gives_the_plain_pass_to_the_bit(tmp_path, model, sites, splic
     prefix = prefix_of(policy)
     assert prefix is not None
     batch = rollout()
-    recorded = recorded_in_chunks(policy, prefix, batch, autocast=autocast)
-    for start in range(0, 6, 2):
-        part = chunk(batch, start, 2)
+    for rows in torch.arange(6).split(2):
+        part = take(batch, rows)
+        recorded = recorded_of(policy, prefix, part, autocast)
         plain = scored(policy, part, autocast)
-        with prefix.replay(chunk(recorded, start, 2)):
+        with prefix.replay(recorded):
             cached = scored(policy, part, autocast)
         assert equal(plain, cached)
         assert sum(g.abs().sum() for g in plain[3:]) > 0
@@ -119,7 +118,7 @@ def test_the_cache_gives_the_plain_pass_to_the_bit(tmp_path, model, sites, splic
 def test_the_reference_uses_what_the_policy_recorded(tmp_path, splice):
     policy = policy_on(tmp_path, splice=splice, k=4)
     prefix, batch = prefix_of(policy), rollout()
-    recorded = recorded_in_chunks(policy, prefix, batch, 6)
+    recorded = recorded_of(policy, prefix, batch)
     with torch.no_grad(), use_adapter(policy, "ref" if splice == "reconstruct" else None):
         plain = policy(**batch, fused_lm_head=True).log_probs
         with prefix.replay(recorded):
@@ -131,7 +130,7 @@ def test_the_reference_uses_what_the_policy_recorded(tmp_path, splice):
 def test_nothing_below_the_splice_runs_again(tmp_path):
     policy = policy_on(tmp_path, "neox", ("mlp_out.1",), k=4)
     prefix, batch = prefix_of(policy), rollout()
-    recorded = recorded_in_chunks(policy, prefix, batch, 6)
+    recorded = recorded_of(policy, prefix, batch)
     layers = policy.base_model.model.gpt_neox.layers
     below = [*layers[0].modules(), *layers[1].attention.modules(), *layers[1].mlp.base_layer.modules()]
     ran = []
@@ -155,7 +154,7 @@ def test_recomputed_activations_come_from_the_cache_too(tmp_path, splice):
     policy = policy_on(tmp_path, "neox", ("attn_out.1", "mlp_out.2"), splice, k=4)
     prefix, batch = prefix_of(policy), rollout()
     plain = scored(policy, batch)
-    recorded = recorded_in_chunks(policy, prefix, batch, 6)
+    recorded = recorded_of(policy, prefix, batch)
     policy.base_model.model.activation_checkpointing_enable()
     with prefix.replay(recorded):
         assert equal(scored(policy, batch), plain)
@@ -170,21 +169,23 @@ def test_other_adapters_have_a_frozen_part_as_well(kind):
         "ia3": IA3Config(target_modules=r".*\.2\.mlp\.dense_4h_to_h", feedforward_modules=r".*dense_4h_to_h"),
     }
     policy = get_peft_model(base, configs[kind]).train()
-    add_value_head(base).out.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    add_critic(base).out.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    add_scoring_head(base, 1.0)
     for name, p in policy.named_parameters():
         if "lora_B" in name or "ia3" in name:
             p.data.normal_(generator=torch.Generator().manual_seed(2))
     prefix, batch = prefix_of(policy), rollout()
     assert prefix is not None and any(name.endswith("layers.0") for name in prefix.modules)
     plain = scored(policy, batch)
-    with prefix.replay(recorded_in_chunks(policy, prefix, batch, 6)):
+    with prefix.replay(recorded_of(policy, prefix, batch)):
         assert equal(scored(policy, batch), plain)
 
 
 def test_without_anything_frozen_there_is_no_cache():
     base = tiny_neox()
     add_fused_lm_head(base)
-    add_value_head(base)
+    add_critic(base)
+    add_scoring_head(base, 1.0)
     assert prefix_of(base.requires_grad_(True)) is None
 
 
@@ -207,8 +208,7 @@ def few_active(k=None):
 def test_codes_of_shuffled_sequences_are_the_codes_of_their_tokens(k):
     sae = few_active(k)
     x = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(2))
-    parts = [by_sequence(sparse_codes(sae, part.flatten(0, 1)), 2) for part in (x[:2], x[2:])]
-    rows = {name: concatenated([part[name] for part in parts]) for name in parts[0]}
+    rows = by_sequence(sparse_codes(sae, x.flatten(0, 1)), 4)
     order = torch.tensor([2, 0, 3])
     got = from_sequences({name: tensor[order] for name, tensor in rows.items()}, FEATURES)
     want = sparse_codes(sae, x[order].flatten(0, 1))
@@ -268,15 +268,14 @@ def run(folder, **settings):
 def test_a_run_with_the_cache_is_the_run_without_it(tmp_path, settings):
     with_cache, parameters, rows = run(tmp_path, **settings)
     without, want, rows_want = run(tmp_path, prefix_cache=False, **settings)
-    assert with_cache.prefix is not None and with_cache.recorded and without.prefix is None
+    assert with_cache.prefix is not None and without.prefix is None
+    assert all(batch.frozen for batch in with_cache.micro_batches) and not without.micro_batches[0].frozen
     assert rows == rows_want and rows[-1]["kl_k3"] > 0
     assert all(torch.equal(parameters[name], tensor) for name, tensor in want.items())
 
 
-def test_unconstrained_training_and_dropout_have_no_cache(tmp_path):
+def test_unconstrained_training_has_no_cache(tmp_path):
     trainer, _, _ = run(tmp_path, adapter="full", max_steps=8)
-    assert trainer.prefix_sought and trainer.prefix is None
-    trainer, _, _ = run(tmp_path, disable_dropout=False, max_steps=8)
     assert trainer.prefix_sought and trainer.prefix is None
 
 
@@ -299,8 +298,6 @@ def test_rows_are_scored_in_the_micro_batches_they_are_learned_in(tmp_path):
     assert trainer.rollout_statistics["kl"] == 0
 
 
-def test_evaluation_leaves_nothing_replayed(tmp_path):
+def test_a_phase_leaves_nothing_replayed(tmp_path):
     trainer, _, _ = run(tmp_path, max_steps=8)
-    with contextlib.suppress(ValueError):
-        trainer.evaluate(eval_dataset=trainer.train_dataset.select(range(4)))
     assert all("forward" not in vars(module) for module in trainer.prefix.modules.values())

@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from saerl_cli.rl.frozen.sampling import choose, compact, keeps_past, sample
+from saerl_cli.rl.rollouts.sampling import choose, compact, keeps_past, sample
 
 EOS = 1
 

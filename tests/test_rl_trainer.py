@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
-from saerl_cli.rl.trainers.exact import Diverged
-from saerl_cli.rl.trainers.value import is_value_parameter
+from saerl_cli.rl.rollouts.scoring import is_value_parameter
+from saerl_cli.rl.training.base import Diverged
+from saerl_cli.rl.training.phase import Sequences
 
 TIMES = {"seconds", "tokens_per_second", "samples_per_second"}
 
@@ -122,30 +123,32 @@ def test_one_optimiser_step_a_phase(tmp_path):
 
 def test_temperature_scales_sampling_and_scoring_alike(tmp_path):
     trainer = build_trainer(tmp_path, temperature=0.5)
-    batch = trainer._generate_and_score_completions([{"prompt": "w1 w2 w3"}, {"prompt": "w4 w5 w6"}])
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    width = batch["completion_ids"].shape[1]
+    trainer.begin_phase()
+    (batch,) = trainer.rollout([{"prompt": "w1 w2 w3"}, {"prompt": "w4 w5 w6"}])
+    (ids, _), batch = batch.rollout.joined(), batch.rollout
+    width = batch.mask.shape[1]
     logits = tiny_model(tmp_path / "model")(ids).logits[:, -width - 1 : -1]
-    want = (logits / 0.5).log_softmax(-1).gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
-    mask = batch["completion_mask"].bool()
-    torch.testing.assert_close(batch["old_per_token_logps"][mask], want[mask], atol=1e-5, rtol=1e-5)
-    assert trainer.generation_config.temperature == 0.5 and trainer.generation_config.top_p == 1
-    assert trainer.generation_config.top_k == 0
+    want = (logits / 0.5).log_softmax(-1).gather(-1, batch.completion_ids[..., None]).squeeze(-1)
+    mask = batch.mask.bool()
+    torch.testing.assert_close(batch.logp[mask], want[mask], atol=1e-5, rtol=1e-5)
+
+
+def padded_and_not():
+    """The same three scored tokens, with and without padding on the left."""
+    prompt, tokens = torch.tensor([[2, 3, 4]]), torch.tensor([[5, 6, 7]])
+    padding, ones = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)
+    alone = Sequences(prompt, ones, tokens, ones)
+    return alone, Sequences(torch.cat([padding, prompt], 1), torch.cat([padding, ones], 1), tokens, ones)
 
 
 def test_left_padding_changes_no_log_probability(tmp_path):
     trainer = build_trainer(tmp_path)
     for _, p in trainer.trainable():
         p.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
-    ids = torch.tensor([[2, 3, 4, 5, 6, 7]])
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
-    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
     with torch.no_grad():
-        alone, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
-        values = trainer.state_values.pop()
-        together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, padded, mask, 3)
-    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(values, trainer.state_values.pop(), atol=1e-6, rtol=1e-5)
+        alone, together = (trainer.score(trainer.model, texts) for texts in padded_and_not())
+    torch.testing.assert_close(alone.logp, together.logp, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(alone.values, together.values, atol=1e-6, rtol=1e-5)
 
 
 def gpt2():
@@ -167,12 +170,8 @@ def test_left_padding_changes_nothing_in_other_architectures_either(tmp_path, ar
     architecture().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     trainer = build_trainer(tmp_path, "full", model=model, algo=algo)
-    ids = torch.tensor([[2, 3, 4, 5, 6, 7]])
-    padding = torch.zeros(1, 4, dtype=torch.long)
-    padded, mask = torch.cat([padding, ids], 1), torch.cat([padding, torch.ones_like(ids)], 1)
     with torch.no_grad():
-        alone, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
-        together, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, padded, mask, 3)
+        alone, together = (trainer.score(trainer.model, texts).logp for texts in padded_and_not())
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 
 
@@ -188,7 +187,6 @@ def test_missing_end_is_punished_by_any_end_token(tmp_path):
         tmp_path, reward=score_nothing, missing_eos_penalty=2.0, phases=1, on_phase=rows.append, beta=1e-9
     )
     trainer.eos_token_ids = [1, 20]
-    trainer.generation_config.eos_token_id = [1, 20]
     trainer.train()
     ended = sum(ids[-1] in (1, 20) for ids in fixed) / len(fixed)
     assert 0 < ended < 1 and any(ids[-1] == 20 for ids in fixed)
@@ -207,9 +205,8 @@ def test_learns_the_planted_reward_and_not_a_shuffled_one(tmp_path):
         return torch.rand(len(completion_ids), generator=generator).tolist()
 
     trainer, _ = run(tmp_path, reward=noise, **settings)
-    batch = trainer._generate_and_score_completions([{"prompt": f"w{i} w{i + 1} w1"} for i in range(29)] * 4)
-    kept = zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
-    shares = good_share([ids[mask].tolist() for ids, mask in kept])
+    trainer.begin_phase()
+    shares = good_share(trainer.sample(trainer.tokenize([{"prompt": f"w{i} w{i + 1} w1"} for i in range(29)] * 4)))
     assert sum(shares) / len(shares) < last - 0.05, (
         "a reward without information must not teach what the planted one does"
     )
@@ -278,8 +275,10 @@ def test_too_few_prompts_are_refused_with_both_numbers(tmp_path):
         ({"beta": 0.0}, "beta must be > 0"),
         ({"save_strategy": "steps", "save_steps": 12}, "save_steps must be a multiple of 8"),
         ({"max_steps": 20}, "max_steps must be a multiple of 8"),
-        ({"loss_type": "grpo"}, "loss_type must be dapo"),
-        ({"mask_truncated_completions": True, "missing_eos_penalty": 1.0}, "mask_truncated_completions hides"),
+        ({"loss_type": "grpo"}, "loss_type has no effect"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions has no effect"),
+        ({"algorithm": "reinforce"}, "algorithm must be ppo, grpo or rloo"),
+        ({"disable_dropout": False}, "one distribution"),
         ({"gradient_accumulation_steps": 3}, "multiple of gradient_accumulation_steps"),
         ({"per_device_train_batch_size": 1, "steps_per_generation": 1}, "at least two completions"),
     ],

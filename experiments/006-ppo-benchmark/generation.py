@@ -14,7 +14,7 @@ import torch
 from peft import get_peft_model
 from transformers import GenerationConfig
 
-from saerl_cli.rl.frozen.sampling import compact, sample
+from saerl_cli.rl.rollouts.sampling import compact, sample
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--rounds", type=int, default=5)

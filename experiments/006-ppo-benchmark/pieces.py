@@ -71,8 +71,8 @@ def ppo(folder: Path, model: Any, site: str, texts: list[str], **settings: Any) 
     """A trainer of saerl for coefficients at one site; the settings are TRL's."""
     from datasets import Dataset
 
-    from saerl_cli.rl.trainers.ppo import PPOTrainer
-    from saerl_cli.rl.trainers.ppo_config import PPOConfig
+    from saerl_cli.rl.training.config import PPOConfig
+    from saerl_cli.rl.training.phase import PPOTrainer
 
     return PPOTrainer(
         model=model,

@@ -26,8 +26,8 @@ from saerl_cli.adapter import sparse_coeffs
 from saerl_cli.config.sae import Architecture, SaeConfig
 from saerl_cli.models import resolve_sites
 from saerl_cli.plan.shapes import PYTHIA
-from saerl_cli.rl.trainers.ppo import PPOTrainer
-from saerl_cli.rl.trainers.ppo_config import PPOConfig
+from saerl_cli.rl.training.config import PPOConfig
+from saerl_cli.rl.training.phase import PPOTrainer
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import save_sae
 from saerl_cli.sae.train import SaeTrainer

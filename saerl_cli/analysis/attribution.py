@@ -31,7 +31,7 @@ from saerl_cli.models import output_tensor
 from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.evaluation.measure import Sampling, generate, log_probabilities
 from saerl_cli.rl.policy import Policy
-from saerl_cli.rl.trainers.exact import derived_seed
+from saerl_cli.run.seeds import derived_seed
 
 AT_ONCE = 30_000_000
 """Numbers, tokens times features, that an attribution holds at once."""

@@ -7,7 +7,7 @@ from typing import Any
 from saerl_cli.config.groups import refuse_unless
 from saerl_cli.config.pairs import PairsConfig
 
-HELD = 2**22
+LOGITS_HELD = 2**22
 """Logits held at once in scoring, about: 16 MiB a copy."""
 
 

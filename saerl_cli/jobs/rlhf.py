@@ -22,7 +22,7 @@ from saerl_cli.run.progress import say, task_bars
 if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
     from saerl_cli.rl.policy import Policy
-    from saerl_cli.rl.trainers.exact import ExactTrainer
+    from saerl_cli.rl.training.base import PhasedTrainer
 
 
 def check(config: RlhfConfig) -> None:
@@ -128,7 +128,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     return result
 
 
-def record_inputs(parts: "Parts", trainer: "ExactTrainer") -> None:
+def record_inputs(parts: "Parts", trainer: "PhasedTrainer") -> None:
     """What went in, and what may move, into run.json; a resumed run must find the same.
 
     Raises:
@@ -149,7 +149,7 @@ def record_inputs(parts: "Parts", trainer: "ExactTrainer") -> None:
     run.update(inputs=inputs, trainable={name: p.numel() for name, p in trainer.trainable()})
 
 
-def record_insertion(parts: "Parts", trainer: "ExactTrainer") -> None:
+def record_insertion(parts: "Parts", trainer: "PhasedTrainer") -> None:
     """Of sft: the loss that inserting the untouched adapter alone makes, into run.json, before anything is learned."""
     from saerl_cli.rl.outcome import insertion, insertion_warning
 
@@ -161,7 +161,7 @@ def record_insertion(parts: "Parts", trainer: "ExactTrainer") -> None:
         say(f"WARNING: {warning}")
 
 
-def calibrate(trainer: "ExactTrainer", parts: "Parts") -> None:
+def calibrate(trainer: "PhasedTrainer", parts: "Parts") -> None:
     """With reward.normalise=calibrate: the gain and bias that run.json's first look at the untouched model gives.
 
     Raises:
@@ -182,12 +182,12 @@ def calibrate(trainer: "ExactTrainer", parts: "Parts") -> None:
     rollouts.normaliser.calibrate(seen["mean"], seen["std"])
 
 
-def train(trainer: "ExactTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
+def train(trainer: "PhasedTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
     """All phases, from the checkpoint on when there is one."""
+    from saerl_cli.rl import snapshots
     from saerl_cli.rl.outcome import NO_GRADIENT, no_gradient
     from saerl_cli.rl.summary import coefficient_statistics
     from saerl_cli.rl.track import sample_policy
-    from saerl_cli.rl.trainers import snapshots
 
     run, phases, every = parts.run, parts.config.algo.phases, parts.config.evaluation.every
     name = parts.config.algo.kind.value.upper()

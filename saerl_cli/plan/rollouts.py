@@ -1,6 +1,6 @@
 """What ppo, grpo and rloo learn by: completions of their own, scored and learned from in epochs."""
 
-from saerl_cli.config.algo import HELD as LOGITS
+from saerl_cli.config.algo import LOGITS_HELD as LOGITS
 from saerl_cli.plan.policy import (
     PHASE,
     TRAINER_STEP,
@@ -16,7 +16,7 @@ from saerl_cli.plan.policy import (
 from saerl_cli.plan.work import SIZE, Phase, Piece, Work, adam, copied, forward, fused, fused_bytes, score, small
 
 EXACT_ROWS = 16
-"""Completions of a phase whose exact KL is computed (`saerl_cli.rl.trainers.rollouts`)."""
+"""Completions of a phase whose exact KL is computed (`saerl_cli.rl.training.phase`)."""
 KEPT = 3
 """Vectors of the frozen part that a rollout keeps for each token."""
 

@@ -97,7 +97,7 @@ def run_decode(
     """One token a row behind keys and values."""
     from transformers import DynamicCache
 
-    from saerl_cli.rl.frozen.sampling import choose
+    from saerl_cli.rl.rollouts.sampling import choose
 
     model = network(device, width, hidden, heads, layers, vocabulary, dtype)
     kind = getattr(torch, dtype)
@@ -124,7 +124,8 @@ def run_score(
     device: torch.device, width: int, vocabulary: int, tokens: int, grad: str, dtype: str
 ) -> Callable[[], Any]:
     """The head's log-probabilities and their gradient."""
-    from saerl_cli.rl.frozen.head import HELD, FrozenHead
+    from saerl_cli.config.algo import LOGITS_HELD
+    from saerl_cli.rl.rollouts.scoring import FrozenHead
 
     kind = getattr(torch, dtype)
     weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(kind).requires_grad_(grad == "weights")
@@ -133,7 +134,7 @@ def run_score(
 
     def call() -> None:
         if grad == "weights":  # a tile at a time, computed again on the way back
-            for part in hidden.split(max(16, HELD // vocabulary)):
+            for part in hidden.split(max(16, LOGITS_HELD // vocabulary)):
                 with torch.no_grad():
                     (part @ weight.T).float().logsumexp(-1)
                 logp = (part @ weight.T).float().log_softmax(-1)
@@ -326,7 +327,7 @@ def run_cross_entropy(device: torch.device, width: int, vocabulary: int, tokens:
 def run_likelihood(
     device: torch.device, width: int, vocabulary: int, rows: int, seq: int, grad: str, dtype: str
 ) -> Callable[[], Any]:
-    """The weighted likelihood of whole sequences (`saerl_cli.rl.trainers.regression`)."""
+    """The weighted likelihood of whole sequences (`saerl_cli.rl.training.regression`)."""
     kind = getattr(torch, dtype)
     weight = torch.randn(vocabulary, width, device=device, dtype=kind).requires_grad_(grad == "weights")
     hidden = torch.randn(rows, seq, width, device=device, dtype=kind, requires_grad=True)
@@ -347,7 +348,7 @@ def run_pairs(device: torch.device) -> Callable[[], Any]:
     from saerl_cli.data.pairs import read_pairs
     from saerl_cli.planted.language import VOCABULARY
     from saerl_cli.planted.tokenizer import build_tokenizer
-    from saerl_cli.rl.trainers.supervised import pair_row
+    from saerl_cli.rl.training.examples import pair_row
 
     config, tokenizer = PairsConfig(count=100), build_tokenizer(VOCABULARY, 96)
     return lambda: [pair_row(pair, tokenizer) for pair in read_pairs(config, ModelConfig(), "train")]

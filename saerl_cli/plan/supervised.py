@@ -30,7 +30,7 @@ from saerl_cli.plan.work import (
 )
 
 MEASURED_ROWS, AT_ONCE = 512, 16
-"""Held-out sequences that are measured, and how many in a pass (`saerl_cli.rl.trainers.supervised`)."""
+"""Held-out sequences that are measured, and how many in a pass (`saerl_cli.rl.training.supervised`)."""
 EXAMPLE_BYTES, READ_BYTES = 16.0, 120.0
 """Memory of a token among rows: its id and its label; and beside them while rows are made from lists (measured)."""
 OUTPUTS = {AlgoKind.sft: "entropy,is_top1", AlgoKind.dpo: "entropy,mean_logits,is_top1"}

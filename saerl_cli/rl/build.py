@@ -19,21 +19,21 @@ from saerl_cli.rl.adapters import adapter_of, peft_config
 from saerl_cli.rl.adapters.sparsity import restraint
 from saerl_cli.rl.evaluation.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
-from saerl_cli.rl.trainers.arguments import training_arguments
-from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
-from saerl_cli.rl.trainers.grpo import GRPOTrainer, RLOOTrainer
-from saerl_cli.rl.trainers.normalise import Normaliser
-from saerl_cli.rl.trainers.ppo import PPOTrainer
-from saerl_cli.rl.trainers.regression import RWRTrainer, draws
-from saerl_cli.rl.trainers.rollouts import RolloutTrainer
-from saerl_cli.rl.trainers.supervised import DPOTrainer, Examples, SFTTrainer, build_examples
+from saerl_cli.rl.training.arguments import training_arguments
+from saerl_cli.rl.training.base import PhasedTrainer
+from saerl_cli.rl.training.examples import Examples, build_examples
+from saerl_cli.rl.training.normalise import Normaliser
+from saerl_cli.rl.training.phase import PPOTrainer
+from saerl_cli.rl.training.regression import RWRTrainer, draws
+from saerl_cli.rl.training.supervised import DPOTrainer, SFTTrainer
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
+from saerl_cli.run.seeds import derived_seed
 
-TRAINERS: dict[AlgoKind, Callable[..., ExactTrainer]] = {
+TRAINERS: dict[AlgoKind, Callable[..., PhasedTrainer]] = {
     AlgoKind.ppo: PPOTrainer,
-    AlgoKind.grpo: GRPOTrainer,
-    AlgoKind.rloo: RLOOTrainer,
+    AlgoKind.grpo: PPOTrainer,
+    AlgoKind.rloo: PPOTrainer,
     AlgoKind.sft: SFTTrainer,
     AlgoKind.dpo: DPOTrainer,
     AlgoKind.rwr: RWRTrainer,
@@ -94,7 +94,7 @@ def heldout_rows(config: RlhfConfig, context_size: int, tokenizer: Any, heldout:
     return token_rows(enough, tokenizer, length)[: max(1, config.evaluation.heldout_tokens // length)]
 
 
-def build_trainer(parts: Parts) -> ExactTrainer:
+def build_trainer(parts: Parts) -> PhasedTrainer:
     """The algorithm's trainer, with policy and reference."""
     config, model = parts.config, parts.loaded.model
     chosen = peft_config(config.adapter, parts.loaded, parts.saes)
@@ -114,7 +114,7 @@ def build_trainer(parts: Parts) -> ExactTrainer:
     )
     if config.launch.shards > 1 and trainer.ref_model is not None and not given:
         shards.join(trainer.ref_model, config.launch.gather_for_sampling)
-    if isinstance(trainer, RolloutTrainer):
+    if isinstance(trainer, PPOTrainer):
         trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
     trainer.restraint = restraint(parts, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
@@ -138,7 +138,7 @@ def trl_reward(part: Part) -> Callable[..., list[float]]:
     return function
 
 
-def policy_of(trainer: ExactTrainer, loaded: Loaded) -> Policy:
+def policy_of(trainer: PhasedTrainer, loaded: Loaded) -> Policy:
     """The trainer's model as something to measure."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     reference = trainer.ref_model and trainer.accelerator.unwrap_model(trainer.ref_model)

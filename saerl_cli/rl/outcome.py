@@ -12,7 +12,7 @@ from saerl_cli.run.files import read_jsonl
 if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
     from saerl_cli.rl.policy import Policy
-    from saerl_cli.rl.trainers.exact import ExactTrainer
+    from saerl_cli.rl.training.base import PhasedTrainer
 
 NO_GRADIENT = 1e-7
 """A gradient whose norm stays below this moves nothing."""
@@ -22,9 +22,9 @@ TOLERANCE = 0.15
 """A KL within this share of its target, or two standard errors, meets it."""
 
 
-def insertion(parts: "Parts", trainer: "ExactTrainer") -> dict[str, float]:
+def insertion(parts: "Parts", trainer: "PhasedTrainer") -> dict[str, float]:
     """Loss on held-out examples of the bare model, and with the untouched adapter inserted; nats per token."""
-    from saerl_cli.rl.trainers.supervised import example_loss
+    from saerl_cli.rl.training.examples import example_loss
 
     assert parts.examples is not None
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -37,9 +37,9 @@ def insertion(parts: "Parts", trainer: "ExactTrainer") -> dict[str, float]:
     return {"loss_base": base, "loss_inserted": inserted}
 
 
-def task_numbers(parts: "Parts", trainer: "ExactTrainer", policy: "Policy", numbers: dict[str, Any]) -> dict[str, Any]:
+def task_numbers(parts: "Parts", trainer: "PhasedTrainer", policy: "Policy", numbers: dict[str, Any]) -> dict[str, Any]:
     """What the algorithm itself was after: loss before and after (sft), preferences (dpo), the KL asked for."""
-    from saerl_cli.rl.trainers.supervised import example_loss, preferences
+    from saerl_cli.rl.training.examples import example_loss, preferences
 
     algo = parts.config.algo
     if algo.kind is AlgoKind.sft and parts.examples is not None:

@@ -12,8 +12,8 @@ from saerl_cli.config.adapter import Splice
 from saerl_cli.config.groups import Dtype, LaunchConfig, ModelConfig, ModelKind
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rl.adapters import adapter_of
+from saerl_cli.rl.rollouts.sampling import reset_generation_config
 from saerl_cli.rl.runs import policy_folder, run_config
-from saerl_cli.rl.trainers.exact import sample_what_is_scored
 from saerl_cli.run import shards
 from saerl_cli.run.files import read_json
 
@@ -101,5 +101,5 @@ def plain(policy: Policy) -> Policy:
     for model in (policy.model, policy.reference_model):
         if model is not None:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            sample_what_is_scored(base, policy.eos_token_ids, policy.tokenizer.pad_token_id)
+            reset_generation_config(base, policy.eos_token_ids, policy.tokenizer.pad_token_id)
     return policy

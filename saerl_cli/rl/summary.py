@@ -15,9 +15,9 @@ from saerl_cli.rl.evaluation.baselines import behaviour
 from saerl_cli.rl.evaluation.measure import cycled, measure
 from saerl_cli.rl.outcome import task_numbers, warnings_of
 from saerl_cli.rl.policy import Policy
+from saerl_cli.rl.rollouts.scoring import is_value_parameter
 from saerl_cli.rl.runs import kl_coef
-from saerl_cli.rl.trainers.exact import ExactTrainer
-from saerl_cli.rl.trainers.value import is_value_parameter
+from saerl_cli.rl.training.base import PhasedTrainer
 from saerl_cli.sae.describe import top_tokens
 from saerl_cli.sae.files import load_sae
 
@@ -29,7 +29,7 @@ LABEL_ROWS = 64
 """Held-out rows that name a feature by the token it fires on."""
 
 
-def summarise(parts: Parts, trainer: ExactTrainer, policy: Policy) -> dict[str, Any]:
+def summarise(parts: Parts, trainer: PhasedTrainer, policy: Policy) -> dict[str, Any]:
     """The numbers of summary.json."""
     config = parts.config
     policy.model.eval()

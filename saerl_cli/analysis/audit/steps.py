@@ -38,10 +38,10 @@ from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
 from saerl_cli.rl.runs import deltas_of, run_config
-from saerl_cli.rl.trainers.exact import derived_seed
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json
 from saerl_cli.run.progress import say
+from saerl_cli.run.seeds import derived_seed
 
 RANKING, GRADING, NULL, REFERENCE = 21, 22, 23, 24
 """What completions are drawn for: each has random numbers of its own."""

@@ -186,7 +186,7 @@ def local_asker(config: ExplainConfig, device: Any) -> Ask:
     import torch
 
     from saerl_cli.models import eos_token_ids, load_model
-    from saerl_cli.rl.frozen.sampling import sample
+    from saerl_cli.rl.rollouts.sampling import sample
 
     loaded = load_model(ModelConfig(kind=ModelKind.local, path=str(config.model)), device)
     tokenizer, ends = loaded.tokenizer, eos_token_ids(loaded)

@@ -99,7 +99,7 @@ class Bench:
     def sampling(self, purpose: int) -> "Sampling":
         """How completions are drawn."""
         from saerl_cli.rl.evaluation.measure import Sampling
-        from saerl_cli.rl.trainers.exact import derived_seed
+        from saerl_cli.run.seeds import derived_seed
 
         algo, seed = self.trained.algo, derived_seed(self.config.seed, purpose)
         return Sampling(algo.max_new_tokens, algo.temperature, self.config.evaluation.batch_size, seed, self.team)
@@ -145,8 +145,8 @@ def baseline_rewards(base: Base, before: "Samples") -> list[float]:
 
 def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
     """Entries of the policies kept along the way; the last of them stays in `bench.policy`."""
+    from saerl_cli.rl import snapshots
     from saerl_cli.rl.evaluation.measure import draw, heldout_loss
-    from saerl_cli.rl.trainers import snapshots
 
     policy, points = bench.policy, []
     files = snapshot_files(bench.config.policy)
@@ -247,7 +247,7 @@ def show(run: Run, samples: "Samples") -> None:
 
 def policy_parameters(run_path: Path | str) -> int:
     """How many parameters of the policy a run trained."""
-    from saerl_cli.rl.trainers.value import is_value_parameter
+    from saerl_cli.rl.rollouts.scoring import is_value_parameter
 
     trainable = Run(run_path).record.get("trainable", {})
     return sum(count for name, count in trainable.items() if not is_value_parameter(name))

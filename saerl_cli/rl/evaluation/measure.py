@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
-from saerl_cli.rl.frozen.sampling import compact, sample
 from saerl_cli.rl.policy import Policy
+from saerl_cli.rl.rollouts.sampling import compact, left_padded, right_padded, sample, token_positions
 from saerl_cli.run import shards
 from saerl_cli.run.processes import ALONE, Team
 
@@ -73,14 +73,6 @@ def generate(
         return list(chain.from_iterable(team.by_batch(len(prompts), batch_size, completions)))
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both [n, longest], padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
 def log_probabilities(
     model: Any, prompts: Sequence[Prompt], completions: Sequence[list[int]], pad: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,13 +83,13 @@ def log_probabilities(
         their mask [n, T].
     """
     ids, mask = left_padded([p.input_ids for p in prompts], pad)  # [n, P]
-    width = max(map(len, completions))
-    tokens = torch.tensor([row + [pad] * (width - len(row)) for row in completions])  # [n, T]
-    kept = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in completions])
+    tokens, kept = right_padded(completions, pad)  # [n, T]
+    width = tokens.shape[1]
     device = model.device
     ids, mask = torch.cat([ids, tokens], 1).to(device), torch.cat([mask, kept], 1).to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -width - 1 : -1].float()
+    logits = (
+        model(input_ids=ids, attention_mask=mask, position_ids=token_positions(mask)).logits[:, -width - 1 : -1].float()
+    )
     return (logits / temperature).log_softmax(-1), tokens.to(device), kept.to(device)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 from trl.trainer.reward_config import RewardConfig as TrlRewardConfig
 from trl.trainer.reward_trainer import RewardTrainer as TrlRewardTrainer
 
-from saerl_cli.rl.trainers.supervised import SupervisedTrainer
+from saerl_cli.rl.training.supervised import SupervisedTrainer
 
 
 @dataclass
 class RewardTrainerConfig(TrlRewardConfig):
-    """TRL's settings, and what `ExactTrainer` asks of any: a phase is an optimiser step."""
+    """TRL's settings, and what `PhasedTrainer` asks of any: a phase is an optimiser step."""
 
     steps_per_phase: int = 1
 

@@ -3,9 +3,9 @@
 Below the lowest trainable parameter everything is frozen: modules that hold no trainable parameter and whose inputs
 depend on none give the same output in the old policy's scoring pass, in the reference's, and in every epoch.
 `find_prefix` finds them in any model with any adapter by one small forward pass with gradients switched on. The first
-scoring pass of a rollout records those outputs which the rest of the model reads. Later passes replay them: the model's
-own code runs as always, but recorded modules return what they returned before, and the modules below them something
-that nobody reads. Numbers are equal to the bit, because the same tensors are added in the same order.
+scoring pass over a micro-batch records those outputs which the rest of the model reads. Later passes replay them: the
+model's own code runs as always, but recorded modules return what they returned before, and the modules below them
+something that nobody reads. Numbers are equal to the bit, because the same tensors are added in the same order.
 
 Outputs are kept as they are, [batch, seq, width] each, so that under bfloat16 autocast they are bfloat16 where the
 model's are. Where a recorded output enters an SAE, its active features are kept too, so that nothing is encoded again.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from saerl_cli.adapter.codes import Codes, by_sequence, concatenated, from_sequences, sparse_codes
+from saerl_cli.adapter.codes import Codes, by_sequence, from_sequences, sparse_codes
 from saerl_cli.adapter.layer import SparseCoeffLayer
 from saerl_cli.run import shards
 
@@ -162,15 +162,9 @@ def parted(output: Any) -> tuple[Tensor, tuple]:
     return (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
 
 
-def joined(parts: Sequence[Recorded]) -> Recorded:
-    """What was recorded of consecutive rows, as one; codes only where every part has them."""
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: concatenated([part[name] for part in parts]) for name in names}
-
-
-def chunk(recorded: Recorded, start: int, size: int) -> Recorded:
-    """Some of the rows."""
-    return {name: rows[start : start + size] for name, rows in recorded.items()}
+def take(recorded: Recorded, rows: Any) -> Recorded:
+    """Select some of the rows (indices or a slice)."""
+    return {name: kept[rows] for name, kept in recorded.items()}
 
 
 def leave_inputs_alone(model: Any) -> None:

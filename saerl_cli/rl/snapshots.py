@@ -37,7 +37,7 @@ def save(run_path: Path, step: int, parameters: Iterable[tuple[str, Tensor]], wr
         parameters: the trainable ones by name; a value head's are left out.
         writes: whether this process writes it.
     """
-    from saerl_cli.rl.trainers.value import is_value_parameter
+    from saerl_cli.rl.rollouts.scoring import is_value_parameter
 
     values = shards.on_cpu(((name, p) for name, p in parameters if not is_value_parameter(name)), writes)
     if not writes:
@@ -63,7 +63,7 @@ def load(model: Any, file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from saerl_cli.rl.trainers.checkpoint import copy_values
+    from saerl_cli.rl.training.checkpoint import copy_values
 
     try:
         saved = load_file(file)

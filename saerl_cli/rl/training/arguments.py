@@ -9,31 +9,27 @@ from saerl_cli.config.algo import AlgoKind, Schedule
 from saerl_cli.config.groups import Precision
 from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.rl.adapters import adapter_of
-from saerl_cli.rl.trainers.phases import DPOPhases, GRPOPhases, PhaseSettings, RLOOPhases, RWRPhases, SFTPhases
-from saerl_cli.rl.trainers.ppo_config import PPOConfig
+from saerl_cli.rl.training.config import DPOConfig, PhaseConfig, PPOConfig, RWRConfig, SFTConfig
 
 
-def training_arguments(config: RlhfConfig, path: Path, weights: list[float]) -> PhaseSettings:
+def training_arguments(config: RlhfConfig, path: Path, weights: list[float]) -> PhaseConfig:
     """The arguments of the algorithm's trainer; `weights` are those of the reward's parts."""
     algo, shared = config.algo, shared_arguments(config, path)
     if algo.kind is AlgoKind.sft:
-        return SFTPhases(**shared, **supervised_arguments(config), dataset_kwargs={"skip_prepare_dataset": True})
+        return SFTConfig(**shared, **supervised_arguments(config), dataset_kwargs={"skip_prepare_dataset": True})
     if algo.kind is AlgoKind.dpo:
-        return DPOPhases(**shared, **supervised_arguments(config), beta=algo.kl_coef, max_length=None)
+        return DPOConfig(**shared, **supervised_arguments(config), beta=algo.kl_coef, max_length=None)
     if algo.kind is AlgoKind.rwr:
         tempered = {"temperature": algo.temperature, "longest": algo.max_new_tokens}
-        return RWRPhases(
+        return RWRConfig(
             **shared, **supervised_arguments(config), **tempered, dataset_kwargs={"skip_prepare_dataset": True}
         )
     rollouts = shared | rollout_arguments(config, weights)
-    if algo.kind is AlgoKind.grpo:
-        scale = "group" if algo.scale_rewards else "none"
-        return GRPOPhases(**rollouts, num_generations=algo.group_size, scale_rewards=scale)
-    if algo.kind is AlgoKind.rloo:
-        return RLOOPhases(**rollouts, num_generations=algo.group_size)
     return PPOConfig(
         **rollouts,
+        algorithm=algo.kind.value,
         num_generations=algo.group_size,
+        scale_rewards="group" if algo.kind is AlgoKind.grpo and algo.scale_rewards else "none",
         gamma=algo.gamma,
         lam=algo.lam,
         cliprange_value=algo.cliprange_value,

@@ -1,11 +1,11 @@
-"""What makes a trainer of TRL exact: what moves is known, numbers are finite, checkpoints resume to the bit.
+"""What every trainer here shares: it works in phases, its numbers are finite, its checkpoints resume to the bit.
 
-Everything here serves every algorithm; trainers that write completions add `saerl_cli.rl.trainers.rollouts`.
+The private names of TRL and transformers that it overrides or reads are held by `tests/test_rl_seams.py`.
 """
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,32 +13,57 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from transformers import GenerationConfig, PrinterCallback, Trainer
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from saerl_cli.adapter.restraint import Restraint
-from saerl_cli.rl.trainers import checkpoint
-from saerl_cli.rl.trainers.value import is_value_parameter
+from saerl_cli.rl.rollouts.scoring import is_value_parameter
+from saerl_cli.rl.training import checkpoint
 from saerl_cli.run import shards
 from saerl_cli.run.files import atomic_folder
+from saerl_cli.run.seeds import derived_seed
 
 # TRL 1.16 uses names that transformers 5.23 renames
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_(en|dis)able)?` is deprecated")
 
 Base = Trainer if TYPE_CHECKING else object
-"""What the classes here are mixed into."""
+"""What `PhasedTrainer` is mixed into."""
 
 
 class Diverged(ValueError):
     """A loss, reward or parameter that is not finite; the message names the phase."""
 
 
-def derived_seed(*numbers: int) -> int:
-    """A 32-bit seed that depends on every one of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+class EpochOrder(Sampler[int]):
+    """A permutation that is a function of seed and epoch, so that a resumed run sees the same rows.
+
+    Args:
+        rows: of the data set.
+        batch: rows that are taken together; what fills no whole batch is left out.
+        seed: of the run.
+        epoch: gives the current one.
+        group: how often each row of a batch stands in it, one after the other.
+        repeats: how often a batch is taken.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int, epoch: Callable[[], int], group: int = 1, repeats: int = 1):
+        self.rows, self.batch, self.seed, self.epoch = rows, batch, seed, epoch
+        self.group, self.repeats = group, repeats
+
+    def __len__(self) -> int:
+        return self.rows // self.batch * self.batch * self.group * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch()))
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        for start in range(0, self.rows - self.batch + 1, self.batch):
+            for _ in range(self.repeats):
+                for row in order[start : start + self.batch]:
+                    yield from [row] * self.group
 
 
-class ExactTrainer(Base):
+class PhasedTrainer(Base):
     """Mixed in before a trainer of TRL.
 
     Args:
@@ -82,12 +107,28 @@ class ExactTrainer(Base):
         self.phase_start = time.perf_counter()
         self.grad_norms: list[list[float]] = []  # of every optimiser step of the phase: the policy's, the critic's
 
-    # --- where the run stands ---------------------------------------------------------------------------------------
+    # --- data, and where the run stands -----------------------------------------------------------------------------
 
     @property
     def phase(self) -> int:
         """Phases completed."""
         return self.state.global_step // self.args.steps_per_phase
+
+    @property
+    def order(self) -> Sampler:
+        """In which order rows of the data set are taken."""
+        raise NotImplementedError("a trainer says in which order it takes its rows")
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that a process takes at a time."""
+        return self.args.per_device_train_batch_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Load `rows_at_once` rows a process at a time, in `order`."""
+        rows: Any = self.train_dataset
+        loader = DataLoader(rows, self.rows_at_once, sampler=self.order, collate_fn=self.data_collator, drop_last=True)
+        return self.accelerator.prepare(loader)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that training moves: the policy's and the value head's."""
@@ -126,9 +167,9 @@ class ExactTrainer(Base):
             return
         self.restraint.after_step(optimizer.param_groups[0]["lr"], (self.state.global_step + 1) / self.args.max_steps)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """And the penalty on open gates, once an optimiser step."""
-        loss: Any = super().compute_loss(*args, **kwargs)
+    def checked(self, loss: Tensor) -> Tensor:
+        """Add the penalty on open gates, once an optimiser step, to a loss, which must be finite."""
+        self.refuse_unless_finite("the loss", loss.detach())
         penalty = self.restraint.penalty() if self.restraint is not None and self.model.training else None
         if penalty is None:
             return loss
@@ -254,21 +295,5 @@ class ExactTrainer(Base):
         self.load_adaptive_state(state["adaptive"])
         self.state.global_step = self.args.max_steps
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Done with the optimiser."""
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to do: a phase seeds every generator itself."""
-
     def _send_telemetry(self) -> None:
         """TRL reports which trainers are used; this one does not."""
-
-
-def sample_what_is_scored(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
-    """Drop generation settings that came with a model (top-k, penalties, suppressed tokens ...).
-
-    Scoring knows the temperature alone, so anything else would make samples that the policy did not produce.
-    """
-    model.generation_config = GenerationConfig(
-        eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id, bos_token_id=model.config.bos_token_id
-    )

@@ -20,11 +20,11 @@ from trl.trainer.sft_trainer import SFTTrainer as TRLSFTTrainer
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.evaluation.measure import generate
-from saerl_cli.rl.trainers.exact import derived_seed
-from saerl_cli.rl.trainers.supervised import SFTTrainer
+from saerl_cli.rl.training.supervised import SFTTrainer
 from saerl_cli.run.directory import Run, write_jsonl
 from saerl_cli.run.files import read_jsonl
 from saerl_cli.run.progress import say
+from saerl_cli.run.seeds import derived_seed
 
 if TYPE_CHECKING:
     from saerl_cli.config.rlhf import RlhfConfig

@@ -9,13 +9,13 @@ Coefficients change a layer's output at the current token alone and nothing belo
 in the base model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from saerl_cli.adapter.layer import SparseCoeffLayer
 
@@ -55,7 +55,7 @@ def sample(
         uniforms = torch.rand(len(ids), max_new_tokens, dtype=torch.float64)
     uniforms = uniforms.to(device)
     rows = torch.arange(len(ids), device=device)  # which completions are still being written
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, P]
+    positions = token_positions(mask)  # [B, P]
     cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if keeps_past(model) else None
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     tokens = torch.zeros(len(ids), max_new_tokens, dtype=torch.long, device=device)
@@ -93,6 +93,37 @@ def choose(logits: Tensor, temperature: float | None, uniforms: Tensor) -> Tenso
     # The last sum is 1 but for rounding; a number below it never finds a token of probability 0.
     found = torch.searchsorted(sums, (uniforms * sums[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[1] - 1)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the left; returns ids and mask, both [n, longest]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the right; returns ids and mask, both [n, longest]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def token_positions(mask: Tensor) -> Tensor:
+    """Number every token among those that are no padding; [batch, seq]."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def reset_generation_config(model: Any, eos_token_ids: Iterable[int], pad_token_id: Any) -> None:
+    """Drop generation settings that came with a model (top-k, penalties, suppressed tokens ...).
+
+    Scoring knows the temperature alone, so anything else would make samples that the policy did not produce.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id, bos_token_id=model.config.bos_token_id
+    )
 
 
 @contextmanager

@@ -1,20 +1,11 @@
-"""Algorithms that learn from given sequences: TRL's own SFT and DPO, made exact, and what they are measured by."""
+"""What supervised algorithms learn from, as token ids, and what they are measured by."""
 
-import copy
 import math
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import set_seed
-from trl.trainer.dpo_trainer import DPOTrainer as TRLDPOTrainer
-from trl.trainer.sft_trainer import SFTTrainer as TRLSFTTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
 from saerl_cli.activations import token_rows
 from saerl_cli.config.algo import AlgoKind
@@ -25,112 +16,12 @@ from saerl_cli.data.pairs import read_pairs
 from saerl_cli.data.prompts import leading_tokens
 from saerl_cli.models import Loaded
 from saerl_cli.rl.policy import reference_of
-from saerl_cli.rl.trainers.exact import ExactTrainer, derived_seed
 from saerl_cli.run.progress import say
 
 Labelled = tuple[list[int], list[int]]
 """Token ids and labels of a sequence; a label of -100 does not count."""
 MEASURED_ROWS = 512
 """Held-out rows or pairs that the loss, or the preference, is measured on."""
-
-
-# --- trainers --------------------------------------------------------------------------------------------------------
-
-
-class EpochOrder(Sampler[int]):
-    """A permutation that is a function of seed and epoch, without the rows that fill no whole optimiser step."""
-
-    def __init__(self, rows: int, step: int, seed: int, epoch: Callable[[], int]):
-        self.rows, self.size, self.seed, self.epoch = rows, rows // step * step, seed, epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch()))
-        yield from torch.randperm(self.rows, generator=generator)[: self.size].tolist()
-
-
-class SupervisedTrainer(ExactTrainer):
-    """Mixed in before SFTTrainer or DPOTrainer. Rows of `train_dataset` are tokens already.
-
-    Raises:
-        ValueError: fewer rows than an optimiser step takes.
-    """
-
-    train_dataset: Any
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        disable_dropout_in_model(self.model)
-        if len(self.train_dataset) < self.rows_of_a_step:
-            raise ValueError(
-                f"there are {len(self.train_dataset)} sequences or pairs, but one optimiser step takes"
-                f" {self.rows_of_a_step}; lower algo.batch_size or give more text"
-            )
-
-    @property
-    def rows_of_a_step(self) -> int:
-        """Sequences or pairs of an optimiser step, over all processes."""
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return EpochOrder(rows, self.rows_of_a_step, self.args.seed, lambda: int(self.state.epoch or 0))
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; the first of a phase seeds everything random in it."""
-        if not self.begun:
-            self.begun, self.phase_start = True, time.perf_counter()
-            set_seed(derived_seed(self.args.seed, self.phase, self.accelerator.process_index))
-        return super().training_step(*args, **kwargs)
-
-    begun = False
-    """Whether the phase has begun."""
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, which must be finite."""
-        loss: Any = super().compute_loss(*args, **kwargs)
-        self.refuse_unless_finite("the loss", loss.detach())
-        return loss
-
-    def phase_metrics(self, logs: dict[str, float]) -> dict[str, float]:
-        """The means over the phase, TRL's own among them."""
-        self.begun = False
-        own = {name: math.fsum(values) / len(values) for name, values in self._metrics["train"].items() if values}
-        own.pop("num_tokens", None)  # of this sitting alone
-        metrics = super().phase_metrics(logs)
-        samples = self.rows_of_a_step * self.args.steps_per_phase
-        return {"loss": logs["loss"], **own, **metrics, "samples_per_second": samples / metrics["seconds"]}
-
-    def geometry(self) -> dict[str, Any]:
-        """And the rows of an optimiser step."""
-        return super().geometry() | {"batch_size": self.rows_of_a_step, "rows": len(self.train_dataset)}
-
-
-class SFTTrainer(SupervisedTrainer, TRLSFTTrainer):
-    """Maximum likelihood.
-
-    Args:
-        args, kwargs: as for TRL's.
-        frozen: of `adapter=full` the reference that the policy is measured against; by default a copy.
-    """
-
-    def __init__(self, *args: Any, frozen: Any = None, **kwargs: Any):
-        if frozen is None and not kwargs.get("peft_config"):
-            frozen = copy.deepcopy(kwargs["model"]).requires_grad_(False).eval()
-        super().__init__(*args, **kwargs)
-        self.ref_model = frozen
-
-
-class DPOTrainer(SupervisedTrainer, TRLDPOTrainer):
-    """Direct preference optimisation; the reference is the adapter off, or a frozen copy for `adapter=full`."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """Nothing to do: rows are tokens already, each side following its prompt as a completion would."""
-        return dataset
-
 
 # --- data ------------------------------------------------------------------------------------------------------------
 

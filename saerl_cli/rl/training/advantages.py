@@ -1,4 +1,4 @@
-"""The mathematics of PPO as pure functions of tensors; the trainer only calls them.
+"""From scores to advantages, as pure functions of tensors; `phase.py` calls them in order.
 
 Shapes: B completions of at most T tokens. `mask` [B, T] is 1 on kept tokens (a prefix of every row), 0 after the end.
 Tokens after the end are 0 in every result.
@@ -69,19 +69,37 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce = lambda t: t) -> Tensor:
     return ((x64 - mean) * torch.rsqrt(variance + 1e-8) * mask64).to(x.dtype)
 
 
-def clipped_surrogate(logp: Tensor, logp_old: Tensor, advantages: Tensor, cliprange: float) -> Tensor:
-    """PPO's loss of every token, `-min(ratio A, clip(ratio) A)` (Schulman et al. 2017); [B, T].
+def group_advantages(scores: Tensor, group: int, scale: bool) -> Tensor:
+    """Compare each completion with its prompt's others: `r - mean`, divided by `std + 1e-4` (Shao et al. 2024).
 
-    The trainer uses TRL's implementation; this is what it is tested against.
+    Args:
+        scores: [prompts * group], those of a prompt next to each other.
+        group: completions a prompt.
+        scale: divide by the group's standard deviation.
+
+    Returns:
+        [prompts * group].
     """
-    ratio = torch.exp(logp - logp_old)
-    return -torch.min(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+    grouped = scores.view(-1, group)
+    advantages = grouped - grouped.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (grouped.std(1, keepdim=True) + 1e-4)
+    return advantages.view(-1)
 
 
-def clipped_value_loss(values: Tensor, values_old: Tensor, returns: Tensor, cliprange: float) -> Tensor:
-    """Half the larger of the squared errors of the value and of the value held near its old one; [B, T]."""
-    held = values_old + (values - values_old).clamp(-cliprange, cliprange)
-    return 0.5 * torch.max((values - returns) ** 2, (held - returns) ** 2)
+def leave_one_out(scores: Tensor, group: int) -> Tensor:
+    """Compare each completion with the mean of its prompt's others (Ahmadian et al. 2024).
+
+    Args:
+        scores: [prompts * group], those of a prompt next to each other.
+        group: completions a prompt, at least 2.
+
+    Returns:
+        [prompts * group].
+    """
+    grouped = scores.view(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).view(-1)
 
 
 def k1(logp: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:

@@ -1,1 +1,0 @@
-"""What training cannot change, computed once a rollout: the layers below the splice, completions, the head."""
