@@ -168,7 +168,7 @@ def test_the_trainer_samples_here(tmp_path, monkeypatch):
     trainer.train()
     ids = [[3, 4, 5], [6, 7]]
     torch.manual_seed(4)
-    first, nothing = trainer._generate_single_turn(ids, None, {}, 1)
+    first = trainer.sample(ids)
     torch.manual_seed(4)
-    assert trainer._generate_single_turn(ids, None, {}, 1)[0] == first and nothing is None
+    assert trainer.sample(ids) == first
     assert all(1 <= len(row) <= 10 for row in first)
