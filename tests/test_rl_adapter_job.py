@@ -114,7 +114,7 @@ def test_few_coefficients_resumed_to_the_bit(saes, tmp_path, monkeypatch):  # no
     assert sum(int((d != 0).sum()) for d in deltas(policy.model).values()) == summary["nonzero"]
 
     run = begin(tmp_path / "killed", config)
-    true = PPOTrainer.describe_rollouts
+    true = PPOTrainer.describe_rollout
 
     def dies_in_phase_three(self, *args):
         if self.phase == 2:
@@ -122,7 +122,7 @@ def test_few_coefficients_resumed_to_the_bit(saes, tmp_path, monkeypatch):  # no
         true(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PPOTrainer, "describe_rollouts", dies_in_phase_three)
+        patch.setattr(PPOTrainer, "describe_rollout", dies_in_phase_three)
         job.work(config, run, Accelerator(cpu=True))
     run.end("interrupted")
     do(tmp_path / "killed", config)

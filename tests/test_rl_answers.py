@@ -173,7 +173,7 @@ def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_planted_m
     assert all(row["reward"] <= 0 for row in metrics), "the raw reward is minus a count"
     assert all(0 <= row["reward_clipped"] <= 1 and abs(row["reward_normalised"]) < 2 for row in metrics)
     assert whole.read_summary()["reward_after"] <= 0
-    true = PPOTrainer.describe_rollouts
+    true = PPOTrainer.describe_rollout
 
     def dies_in_phase_three(self, *args):
         if self.phase == 2:
@@ -183,7 +183,7 @@ def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_planted_m
     (tmp_path / "parts").mkdir()
     run = begin(tmp_path / "parts", config)
     with monkeypatch.context() as patch:
-        patch.setattr(PPOTrainer, "describe_rollouts", dies_in_phase_three)
+        patch.setattr(PPOTrainer, "describe_rollout", dies_in_phase_three)
         with pytest.raises(KeyboardInterrupt):
             from accelerate import Accelerator
 

@@ -249,14 +249,14 @@ def test_killed_and_started_again_ends_with_the_same_bits(saes, finished, tmp_pa
 
     config = settings(saes)
     run = begin(tmp_path, config)
-    true = PPOTrainer.describe_rollouts
+    true = PPOTrainer.describe_rollout
 
     def dies_in_phase_three(self, *args):
         if self.phase == 2:
             raise KeyboardInterrupt
         true(self, *args)
 
-    monkeypatch.setattr(PPOTrainer, "describe_rollouts", dies_in_phase_three)
+    monkeypatch.setattr(PPOTrainer, "describe_rollout", dies_in_phase_three)
     with pytest.raises(KeyboardInterrupt):
         job.work(config, run, Accelerator(cpu=True))
     monkeypatch.undo()
@@ -309,13 +309,13 @@ def test_a_run_begun_with_other_saes_is_not_continued(saes, finished, tmp_path):
 def test_a_frozen_tensor_that_moves_fails_the_run(saes, tmp_path, monkeypatch):
     from saerl_cli.rl.training.phase import PPOTrainer
 
-    true = PPOTrainer.describe_rollouts
+    true = PPOTrainer.describe_rollout
 
     def tamper(self, *args):
         self.model.get_base_model().gpt_neox.layers[0].mlp.sae.W_dec.data[3, 3] += 1e-6
         true(self, *args)
 
-    monkeypatch.setattr(PPOTrainer, "describe_rollouts", tamper)
+    monkeypatch.setattr(PPOTrainer, "describe_rollout", tamper)
     with pytest.raises(ValueError, match=r"1 of \d+ frozen tensors moved during training, the first is .*sae.W_dec"):
         do(tmp_path, settings(saes))
     run = Run(tmp_path)
