@@ -12,10 +12,10 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, add_fused_lm_head
 
+from saerl_cli.rl.rollouts.batch import MicroBatch
 from saerl_cli.rl.rollouts.scoring import ScoredOutput, add_critic, add_scoring_head
 from saerl_cli.rl.training import losses
 from saerl_cli.rl.training.base import EpochOrder
-from saerl_cli.rl.training.phase import MicroBatch
 from saerl_cli.run.seeds import derived_seed
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(16)]

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from saerl_cli.rl.proof import all_tensors, frozen_hashes
+from saerl_cli.rl.rollouts.batch import Sequences
 from saerl_cli.rl.rollouts.scoring import is_value_parameter
 from saerl_cli.rl.training.base import Diverged
-from saerl_cli.rl.training.phase import Sequences
 
 TIMES = {"seconds", "tokens_per_second", "samples_per_second"}
 

@@ -11,8 +11,7 @@ TRL's trainer loads the prompts, runs the optimiser, calls the rewards and makes
 
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from saerl_cli.config.algo import LOGITS_HELD
 from saerl_cli.rl.policy import reference_of
+from saerl_cli.rl.rollouts.batch import MicroBatch, Rollout, Scores, Sequences
 from saerl_cli.rl.rollouts.prefix import Prefix, Recorded, find_prefix, leave_inputs_alone, take
 from saerl_cli.rl.rollouts.sampling import (
     compact,
@@ -54,66 +54,6 @@ from saerl_cli.run.seeds import derived_seed
 
 EXACT_ROWS = 16
 """Completions a process and phase whose exact KL is computed beside the estimates."""
-
-
-@dataclass
-class Sequences:
-    """Prompts with their completions."""
-
-    prompt_ids: Tensor
-    """[B, P], padded on the left."""
-    prompt_mask: Tensor
-    """[B, P]."""
-    completion_ids: Tensor
-    """[B, T], padded on the right."""
-    mask: Tensor
-    """[B, T], 1 on tokens of the completion."""
-
-    def rows(self, rows: Tensor) -> Self:
-        """Select some rows."""
-        return type(self)(**{name: kept[rows] for name, kept in vars(self).items()})
-
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """Give token ids and mask of prompt and completion together, both [B, P + T]."""
-        ids = torch.cat([self.prompt_ids, self.completion_ids], 1)
-        return ids, torch.cat([self.prompt_mask, self.mask], 1)
-
-
-@dataclass
-class Rollout(Sequences):
-    """And what they teach."""
-
-    logp: Tensor
-    """[B, T], log-probabilities under the policy that sampled, nats."""
-    logp_ref: Tensor
-    """[B, T], under the reference."""
-    values: Tensor
-    """[B, T], of the state before each token; 0 without a critic."""
-    advantages: Tensor
-    """[B, T], or [B, 1] where all tokens of a completion have the same."""
-    returns: Tensor
-    """[B, T], what values are to become."""
-
-
-@dataclass
-class MicroBatch:
-    """Rows of a rollout that are scored, and learned from, together."""
-
-    rollout: Rollout
-    frozen: Recorded
-    """Outputs of what training leaves alone, recorded when the rows were first scored."""
-
-
-@dataclass
-class Scores:
-    """What a model's pass over sequences says of their completions."""
-
-    logp: Tensor
-    """[B, T], nats."""
-    entropy: Any
-    """[B, T], of the distribution each token was drawn from, nats; None of the frozen copy of adapter=full."""
-    values: Any
-    """[B, T], of the state before each token; None without a critic."""
 
 
 class PPOTrainer(PhasedTrainer, GRPOTrainer):
