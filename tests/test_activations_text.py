@@ -108,8 +108,11 @@ def test_a_stream_with_nothing_left_for_training_is_refused(folder, tokenizer, s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stream": True}, "data.stream reads data=text or data=hub"),
-        ({"heldout_documents": 0}, "data.heldout_documents must be >= 1"),
+        ({"stream": True}, "data.stream does nothing with data=planted; it belongs to data=text or hub"),
+        (
+            {"kind": DataKind.text, "path": "a.txt", "stream": True, "heldout_documents": 0},
+            "data.heldout_documents must be >= 1",
+        ),
         (
             {"kind": DataKind.text, "path": "a.txt", "stream": True, "max_documents": 1000},
             "data.max_documents=1000 leaves nothing beside data.heldout_documents=1000",

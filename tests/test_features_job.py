@@ -395,7 +395,7 @@ def test_runs_that_cannot_be_described_are_refused_in_one_line(finished, full_ru
     [
         ({}, "give policy=RUN, a run of `saerl rlhf`, or saes=DIR"),
         ({"policy": "a", "saes": "b"}, "not both"),
-        ({"policy": "a", "model": {"kind": "planted"}}, "belong to saes=DIR"),
+        ({"policy": "a", "model": {"kind": "planted"}}, "model does nothing without saes"),
         ({"policy": "a", "count": 0}, "count must be >= 1"),
         ({"policy": "a", "ids": []}, "ids is empty"),
         ({"policy": "a", "samples": -1}, "samples must be >= 0"),

@@ -21,14 +21,13 @@ from saerl_cli.config.sae import (
     DecoderNorm,
     InputScale,
     L1Unit,
-    Penalty,
     SaeConfig,
 )
 from saerl_cli.run.configs import conf_dir, register_schema
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.sae.architectures.common import Batch
 from saerl_cli.sae.dead import due
-from saerl_cli.sae.presets import auxk_weight, canonical_l1, conversion_line, rescaled, rescaled_config
+from saerl_cli.sae.presets import auxk_weight, canonical_l1, conversion_line
 from saerl_cli.sae.train import SaeTrainer
 
 FOLDER = ROOT / "conf" / "sae"
@@ -223,7 +222,7 @@ def test_conversion_by_hand():
     assert "is 0.215 in the canonical form (x variance = 250)" in (conversion_line(config(L1Unit.fvu), 9, 250.0) or "")
     assert "0.00086 x that variance" in (conversion_line(config(L1Unit.fvu), 9) or "")
     assert conversion_line(config(L1Unit.canonical), 512) is None
-    assert conversion_line(SaeConfig(l1_unit=L1Unit.batch_sum), 512) is None  # topk has no l1
+    assert conversion_line(SaeConfig(), 512) is None  # topk has no l1
 
 
 def test_auxk_weight_by_hand():
@@ -363,45 +362,6 @@ def test_gradient_of_the_recipe_is_proportional_to_that_of_the_canonical_form(na
     # the test can fail: at twice or half the weight the direction is another one
     strong = max(converted, 1.0)
     assert cosine(ours(strong), ours(2 * strong)) < 1 - 1e-6
-
-
-PENALTIES = [*Penalty, None]
-
-
-@pytest.mark.parametrize("penalty", PENALTIES)
-def test_rescaled_settings_train_alike_on_rescaled_inputs(penalty, drawn):
-    params, x = drawn
-    s = 3.7
-    kind = Architecture.relu if penalty is None else Architecture.jumprelu
-    config = SaeConfig(
-        architecture=kind,
-        l1=0.7,
-        l0=0.4,
-        penalty=penalty or Penalty.tanh,
-        target_l0=6.0 if penalty in (Penalty.target, Penalty.quadratic) else None,
-        preact=0.2 if penalty else 0.0,
-        bandwidth=0.8,
-    )
-    scaled = rescaled_config(config, s)
-    assert scaled.l1 == rescaled(0.7, None, s) == pytest.approx(0.7 * s)
-    assert scaled.l0 == rescaled(0.4, config.penalty, s) == pytest.approx(0.4 * s**2)
-    biases = ("b_enc", "b_dec", "threshold", "b_mag")
-    moved = {name: value * s if name in biases else value for name, value in params.items()}
-    dead = torch.arange(M) >= M - 6
-
-    def ask(c, p, rows):
-        names = ("l1", "l0", "tanh_scale", "bandwidth", "preact", "ste_to_input")
-        settings = Settings(**{name: getattr(c, name) for name in names}, penalty=c.penalty.value, dead=dead)
-        settings.target_l0 = c.target_l0 or 0.0
-        return gradients(kind.value, p, rows, rows, settings)
-
-    (loss, f, _), grads = ask(config, params, x)
-    (loss_scaled, f_scaled, _), grads_scaled = ask(scaled, moved, x * s)
-    torch.testing.assert_close(f_scaled, f * s)
-    torch.testing.assert_close(loss_scaled, loss * s**2)
-    for name, grad in grads.items():
-        torch.testing.assert_close(grads_scaled[name], grad * (s if name in biases else s**2))
-    assert scaled.theta == pytest.approx(config.theta * s)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

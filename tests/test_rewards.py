@@ -372,5 +372,5 @@ def test_what_is_no_list_of_numbers_is_refused(value):
 def test_malformed_patterns_are_refused(kind):
     with pytest.raises(ValueError, match=r"reward\.parts\.p: pattern='\(' is no regular expression: missing \)"):
         check_reward(config_of(p={"kind": kind, "pattern": "("}))
-    with pytest.raises(ValueError, match=f"a reward part of kind {kind} needs pattern"):
+    with pytest.raises(ValueError, match=f"kind={kind} needs reward.parts.NAME.pattern=REGEX"):
         RewardPart(kind=kind)

@@ -182,17 +182,26 @@ def test_features_that_are_not_there(saes, overrides, message):  # noqa: F811
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["adapter.rank=4"], "adapter.rank belongs to adapter=lora, not to adapter=sparse_coeffs"),
-        (["adapter.k=4", "adapter.seed=1"], "adapter.k and adapter.seed belong to adapter=random_dictionary, not"),
+        (["adapter.rank=4"], "adapter.rank does nothing with adapter=sparse_coeffs; it belongs to adapter=lora"),
+        (
+            ["adapter.k=4", "adapter.seed=1"],
+            "adapter.k does nothing with adapter=sparse_coeffs",
+        ),
         (["adapter.sparsity.l1=-1"], "adapter.sparsity.l1 must be >= 0"),
-        (["adapter.sparsity.l1_scale=effect"], "adapter.sparsity.l1_scale says nothing without adapter.sparsity.l1"),
+        (["adapter.sparsity.l1_scale=effect"], "adapter.sparsity.l1_scale does nothing without adapter.sparsity.l1"),
         (["adapter.sparsity.min_coeff=1.5"], "min_coeff=1.5 forbids the untouched coefficient 1"),
         (["adapter.sparsity.max_delta=0"], "max_delta must be > 0"),
-        (["adapter.sparsity.top_k=5", "adapter.splice=pre_activation"], "not the biases of adapter.splice"),
+        (
+            ["adapter.sparsity.top_k=5", "adapter.splice=pre_activation"],
+            "nothing with adapter.splice=pre_act",
+        ),
         (["adapter.sparsity.hard_concrete=1", "adapter.weight_decay=0.1"], "would move the gates"),
         (["adapter.features.pattern=x"], "labels and pattern belong together"),
         (["adapter.kind=random_dictionary", "adapter.k=4"], "needs either adapter.saes=DIR"),
-        (["adapter.kind=lora"], "adapter.saes belongs to adapter=sparse_coeffs or adapter=random_dictionary"),
+        (
+            ["adapter.kind=lora"],
+            "adapter.saes does nothing with adapter=lora; it belongs to adapter=sparse",
+        ),
     ],
 )
 def test_settings_of_another_adapter_and_contradictions(saes, overrides, message):  # noqa: F811
@@ -265,4 +274,4 @@ def test_the_command_runs_resumes_and_exports(saerl, tiny_planted_model, empty_p
     refused = saerl("export", "full", "--to", "peft")
     assert refused.returncode == 2 and "trained every weight, so it has no adapter" in refused.stderr
     refused = saerl("rlhf", "adapter=lora", "adapter.sites=[mlp_out.1]", *small)
-    assert refused.returncode == 2 and "adapter.sites belongs to" in refused.stderr
+    assert refused.returncode == 2 and "adapter.sites does nothing with adapter=lora" in refused.stderr

@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import normalize
 
 from saerl_cli.config.sae import Architecture, DecoderNorm, EncoderDtype, Kernel, Penalty, SaeConfig
+from saerl_cli.config.settings import suited
 from saerl_cli.sae.architectures import FORMS
 from saerl_cli.sae.architectures.common import Batch, Processes
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
 from saerl_cli.sae.selection import largest_per_token, likely, select_in_batch
 
 D_IN, D_SAE, N = 6, 16, 30
-BASE = SaeConfig(expansion=None, d_sae=D_SAE, k=4, prefixes=[0.25, 0.5, 1.0], l1=0.5, l0=0.3, bandwidth=0.5)
+BASE = {"expansion": None, "d_sae": D_SAE, "k": 4, "prefixes": [0.25, 0.5, 1.0], "l1": 0.5, "l0": 0.3, "bandwidth": 0.5}
 LOSSES = {
     Architecture.relu: oracles.relu_loss,
     Architecture.topk: oracles.topk_loss,
@@ -42,7 +43,7 @@ BY_LAYOUT = [name for name in VARIANTS if name.split()[0] in ("relu", "jumprelu"
 
 
 def settings(name: str, **changes) -> SaeConfig:
-    return replace(BASE, **(VARIANTS[name] | changes))
+    return suited(SaeConfig, BASE | VARIANTS[name] | changes)
 
 
 def problem(config: SaeConfig, d_out: int = D_IN, seed: int = 0):
@@ -258,7 +259,7 @@ def test_the_auxiliary_loss_reaches_encoder_rows_that_never_fire():
     config = settings("topk auxk", auxk_latents=4)
     p, x, _, dead = problem(config)
     p["b_enc"][dead] = -50.0
-    without = computed(replace(config, auxk=0.0), p, x, x, dead).gradients["encoder"]
+    without = computed(settings("topk"), p, x, x, dead).gradients["encoder"]
     assert not without[dead].any()
     assert (computed(config, p, x, x, dead).gradients["encoder"][dead].norm(dim=-1) > 0).all()
 
@@ -272,7 +273,7 @@ def test_behind_a_relu_the_auxiliary_loss_reaches_only_what_is_positive(latents)
     p["b_enc"][dead] = -50.0
     p["b_enc"][7] = 50.0
     gradients = computed(config, p, x, x, dead).gradients["encoder"]
-    without = computed(replace(config, auxk=0.0), p, x, x, dead).gradients["encoder"]
+    without = computed(settings("topk"), p, x, x, dead).gradients["encoder"]
     changed = ((gradients - without).norm(dim=-1) > 1e-9).nonzero()[:, 0].tolist()
     assert changed == [7]
 

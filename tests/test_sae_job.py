@@ -144,7 +144,7 @@ REFUSALS = {
     "unknown site": (lambda m, t: {"site": SiteConfig(names=["mlp_side.1"])}, "unknown site|no module"),
     "layer": (lambda m, t: {"site": SiteConfig(names=["mlp_out.2"])}, "layer 2 is out of range"),
     "glob": (lambda m, t: {"site": SiteConfig(names=["mlp_out.9*"])}, "no site matches"),
-    "k": (lambda m, t: {"sae": SaeConfig(expansion=1, k=33, batch_size=64)}, "sae.k=33 > d_sae=32"),
+    "k": (lambda m, t: {"sae": SaeConfig(expansion=1, k=33, batch_size=64)}, "sae.k=33 exceeds d_sae=32"),
     "context": (lambda m, t: {"data": DataConfig(context_size=65)}, "exceeds the model's context of 64"),
     "planted text too short": (lambda m, t: {"data": DataConfig(max_documents=3)}, "less than one batch"),
     "no model": (lambda m, t: {"model": local(t / "none")}, "no such folder"),

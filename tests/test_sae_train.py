@@ -21,11 +21,13 @@ from saerl_cli.config.sae import (
     Resample,
     SaeConfig,
 )
+from saerl_cli.config.settings import suited
 from saerl_cli.sae.architectures.common import Processes
 from saerl_cli.sae.loop import train_saes, training
 from saerl_cli.sae.train import SaeTrainer
 
-SMALL = SaeConfig(expansion=4, k=4, l1=1.0, tokens=64 * 40, batch_size=64, resample=Resample.none)
+VALUES = {"expansion": 4, "k": 4, "l1": 1.0, "tokens": 64 * 40, "batch_size": 64, "resample": Resample.none}
+SMALL = suited(SaeConfig, VALUES)
 KINDS = {
     **{a.value: {"architecture": a} for a in Architecture},
     "relu_unit": {"architecture": Architecture.relu, "decoder_norm": DecoderNorm.unit},
@@ -46,7 +48,7 @@ KINDS = {
 
 
 def settings(kind: str, **changes) -> SaeConfig:
-    return replace(SMALL, **(KINDS[kind] | changes))
+    return suited(SaeConfig, VALUES | KINDS[kind] | changes)
 
 
 def data(count=40, n=64, d_in=12, directions=20, seed=0, offset=3.0):
@@ -402,7 +404,7 @@ def test_a_starting_point_of_another_shape_is_refused():
 
 
 def test_learning_rate_and_l1_follow_their_schedules():
-    config = replace(SMALL, architecture=Architecture.relu, lr=1.0, lr_warmup=0.25, lr_decay=0.5, l1=2.0, l1_warmup=0.5)
+    config = settings("relu", lr=1.0, lr_warmup=0.25, lr_decay=0.5, l1=2.0, l1_warmup=0.5)
     trainer = SaeTrainer(12, config)
     in_steps = SaeTrainer(12, replace(config, lr_warmup=10, lr_decay=20, l1_warmup=20))
     rates, weights = [], []

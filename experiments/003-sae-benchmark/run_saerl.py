@@ -19,6 +19,7 @@ from saerl_cli.config.sae import (
     Resample,
     SaeConfig,
 )
+from saerl_cli.config.settings import suited
 from saerl_cli.sae.files import load_sae, save_sae
 from saerl_cli.sae.loop import training
 from saerl_cli.sae.train import SaeTrainer
@@ -36,9 +37,8 @@ a = p.parse_args()
 torch.manual_seed(a.seed)
 train, held = common.load(a)
 architecture = Architecture(ARCHITECTURES[a.arch])
-topk = architecture in (Architecture.topk, Architecture.batchtopk)
 unit = a.unit_norm or architecture is Architecture.gated
-config = SaeConfig(
+settings = dict(
     architecture=architecture,
     expansion=None,
     d_sae=a.d_sae,
@@ -46,7 +46,7 @@ config = SaeConfig(
     l1=a.l1,
     l0=a.l1,
     l1_warmup=0.0,
-    auxk=a.auxk if topk else 0.0,
+    auxk=a.auxk,
     penalty=Penalty.tanh,
     scale=InputScale.none,  # the harness has scaled the data
     centre=Centre.mean,
@@ -62,6 +62,7 @@ config = SaeConfig(
     encoder_dtype=EncoderDtype.bfloat16 if a.bf16 else EncoderDtype.float32,
     kernel=Kernel.dense if a.dense else Kernel.auto,
 )
+config = suited(SaeConfig, settings)
 trainer = SaeTrainer(a.d_in, config, a.device)
 start = common.init_dec(a)
 with torch.no_grad():

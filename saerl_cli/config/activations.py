@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from saerl_cli.config.groups import DataConfig, refuse_unless
+from saerl_cli.config.settings import check_settings, setting
 
 BUFFER_TOKENS = 65_536
 
@@ -19,31 +20,23 @@ class CacheDtype(Enum):
 class ActivationsConfig:
     """How activations are shuffled, filtered and kept."""
 
-    buffer_tokens: int | None = None
+    buffer_tokens: int | None = setting(None, ">= 1")
     """Activations shuffled together before they are served, at least one batch; 65,536, or four batches where that is
     more, when empty."""
-    outlier_norm: float | None = None
-    """Leave out tokens whose activation at any site is longer than so many times that site's median norm, > 1 (10 drops
+    outlier_norm: float | None = setting(None, "> 1")
+    """Leave out tokens whose activation at any site is longer than so many times that site's median norm (10 drops
     attention sinks); all are kept when empty."""
     prefetch: bool = False
     """Compute the next buffer in a thread while the last one is used; takes the memory of two buffers."""
     cache: str | None = None
     """Folder in which activations are kept, so that further runs on the same model, text and sites read them."""
-    cache_gb: float = 50.0
+    cache_gb: float = setting(50.0, "> 0", cache=True)
     """Refuse to write activations of more than so many gigabytes (10^9 bytes) to the cache."""
-    cache_dtype: CacheDtype = CacheDtype.float32
+    cache_dtype: CacheDtype = setting(CacheDtype.float32, cache=True)
     """Precision in the cache; bfloat16 halves its size."""
 
     def __post_init__(self) -> None:
-        refuse_unless(
-            self.buffer_tokens is None or self.buffer_tokens >= 1,
-            f"activations.buffer_tokens must be >= 1, got {self.buffer_tokens}",
-        )
-        refuse_unless(
-            self.outlier_norm is None or self.outlier_norm > 1,
-            f"activations.outlier_norm is a multiple of the median norm, > 1, got {self.outlier_norm}",
-        )
-        refuse_unless(self.cache_gb > 0, f"activations.cache_gb must be > 0, got {self.cache_gb}")
+        check_settings(self, "activations")
 
     def buffer(self, batch_size: int) -> int:
         """`buffer_tokens`, or what stands for it when empty."""

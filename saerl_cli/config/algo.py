@@ -1,11 +1,11 @@
 """How RLHF learns."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from saerl_cli.config.groups import refuse_unless
 from saerl_cli.config.pairs import PairsConfig
+from saerl_cli.config.settings import check_settings, filled, setting
 
 LOGITS_HELD = 2**22
 """Logits held at once in scoring, about: 16 MiB a copy."""
@@ -47,24 +47,8 @@ class Critic(Enum):
     """A model of its own: a copy of the base model with a head, all of it trained at `value_lr`."""
 
 
-PPO, ROLLOUTS = (AlgoKind.ppo,), (AlgoKind.ppo, AlgoKind.grpo, AlgoKind.rloo)
+ROLLOUTS = (AlgoKind.ppo, AlgoKind.grpo, AlgoKind.rloo)
 SUPERVISED = (AlgoKind.sft, AlgoKind.dpo, AlgoKind.rwr)
-BELONGS: dict[str, tuple[AlgoKind, ...]] = {
-    **dict.fromkeys(("gamma", "lam", "cliprange_value", "vf_coef", "value_lr", "whiten_advantages"), PPO),
-    **dict.fromkeys(("critic", "critic_warmup", "entropy_coef", "stop_epochs_kl"), PPO),
-    **dict.fromkeys(("rollouts", "minibatches", "epochs", "cliprange"), ROLLOUTS),
-    **dict.fromkeys(("kl_target", "kl_gain", "missing_eos_penalty", "prefix_cache"), ROLLOUTS),
-    **dict.fromkeys(("batch_size", "steps"), SUPERVISED),
-    "kl_coef": (*ROLLOUTS, AlgoKind.dpo, AlgoKind.rwr),
-    "group": (*ROLLOUTS, AlgoKind.rwr),
-    "draws": (AlgoKind.rwr,),
-    "scale_rewards": (AlgoKind.grpo,),
-    "pairs": (AlgoKind.dpo,),
-    "examples": (AlgoKind.sft,),
-    "attribute": (AlgoKind.sft,),
-}
-"""Settings that not every algorithm has, and which have them."""
-
 GROUPS = {AlgoKind.ppo: 1, AlgoKind.grpo: 16, AlgoKind.rloo: 4, AlgoKind.rwr: 32}
 """Completions a prompt where the settings leave it open; 16 because one good answer may take a dozen tries."""
 
@@ -79,103 +63,87 @@ class AlgoConfig:
 
     kind: AlgoKind = AlgoKind.ppo
     """ppo, grpo, rloo, sft, dpo or rwr; `algo=NAME` also sets what suits it."""
-    phases: int = 60
+    phases: int = setting(60, ">= 1")
     """Phases of the run; episodes = phases x rollouts."""
-    rollouts: int = 64
-    """Completions a phase, over all processes (ppo, grpo, rloo)."""
-    group: int | None = None
+    rollouts: int = setting(64, ">= 1", kind=ROLLOUTS)
+    """Completions a phase, over all processes."""
+    group: int | None = setting(None, ">= 1", kind=GROUPS)
     """Completions a prompt, a divisor of `rollouts`, or of `draws`: 1 for ppo, 16 for grpo, 4 for rloo, 32 for rwr when
-    empty; at least 2 but for ppo (ppo, grpo, rloo, rwr)."""
-    draws: int = 8192
-    """Completions of the untouched model to learn from, drawn once (rwr)."""
-    minibatches: int = 4
-    """Optimiser steps an epoch; divides rollouts / processes (ppo, grpo, rloo)."""
-    steps: int = 10
-    """Optimiser steps a phase (sft, dpo, rwr)."""
-    batch_size: int = 32
-    """Sequences or pairs an optimiser step, over all processes (sft, dpo, rwr)."""
-    micro_batch: int | None = None
+    empty; at least 2 but for ppo."""
+    draws: int = setting(8192, ">= 1", kind=AlgoKind.rwr)
+    """Completions of the untouched model to learn from, drawn once."""
+    minibatches: int = setting(4, ">= 1", kind=ROLLOUTS)
+    """Optimiser steps an epoch; divides rollouts / processes."""
+    steps: int = setting(10, ">= 1", kind=SUPERVISED)
+    """Optimiser steps a phase."""
+    batch_size: int = setting(32, ">= 1", kind=SUPERVISED)
+    """Sequences or pairs an optimiser step, over all processes."""
+    micro_batch: int | None = setting(None, ">= 1")
     """Sequences a process puts through the model at once in scoring and updates (gradients add up); divides what a
     process has of an optimiser step, which it is when empty."""
-    epochs: int = 4
-    """Passes over the rollouts of a phase (ppo, grpo, rloo)."""
-    stop_epochs_kl: float | None = None
+    epochs: int = setting(4, ">= 1", kind=ROLLOUTS)
+    """Passes over the rollouts of a phase."""
+    stop_epochs_kl: float | None = setting(None, "> 0", kind=AlgoKind.ppo)
     """No further update in a phase once the KL of the policy that wrote the completions from the one being trained
-    exceeds this, nats per token; 0.02 to 0.05 are usual; never when empty (ppo)."""
-    max_new_tokens: int = 32
+    exceeds this, nats per token; 0.02 to 0.05 are usual; never when empty."""
+    max_new_tokens: int = setting(32, ">= 1")
     """Longest completion in tokens."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, "> 0")
     """Of sampling and scoring alike; a reported KL is that of the tempered policies."""
-    kl_coef: float = 0.05
-    """beta, > 0: the weight of log pi - log pi_ref in the reward (ppo, rloo), of k3 in the loss (grpo), or the
-    temperature of the implicit reward (dpo) or of the optimal policy (rwr)."""
-    kl_target: float | None = None
-    """Nats per completion at the end of the run; when given, beta adapts to reach it (ppo, grpo, rloo)."""
-    kl_gain: float = 3.0
-    """How strongly beta answers a KL that is off its target; rule: `rl/trainers/kl_control.py` (ppo, grpo, rloo)."""
-    gamma: float = 1.0
-    """Discount (ppo)."""
-    lam: float = 0.95
-    """GAE's lambda (ppo)."""
-    cliprange: float = 0.2
+    kl_coef: float = setting(0.05, "> 0", kind=(*ROLLOUTS, AlgoKind.dpo, AlgoKind.rwr))
+    """beta: the weight of log pi - log pi_ref in the reward (ppo, rloo), of k3 in the loss (grpo), or the temperature
+    of the implicit reward (dpo) or of the optimal policy (rwr)."""
+    kl_target: float | None = setting(None, "> 0", kind=ROLLOUTS)
+    """Nats per completion at the end of the run; when given, beta adapts to reach it."""
+    kl_gain: float = setting(3.0, "> 0", kl_target=True)
+    """How strongly beta answers a KL that is off its target; rule: `rl/trainers/kl_control.py`."""
+    gamma: float = setting(1.0, "in [0, 1]", kind=AlgoKind.ppo)
+    """Discount."""
+    lam: float = setting(0.95, "in [0, 1]", kind=AlgoKind.ppo)
+    """GAE's lambda."""
+    cliprange: float = setting(0.2, "> 0", kind=ROLLOUTS)
     """Clip of the probability ratio, of a token (ppo, grpo) or a completion (rloo)."""
-    cliprange_value: float = 0.2
-    """Clip of the value's change (ppo)."""
-    vf_coef: float = 0.1
-    """Weight of the value loss (ppo)."""
-    value_lr: float = 1e-3
-    """Learning rate of the value head, or of the separate value model (ppo)."""
-    critic: Critic = Critic.detached
-    """detached, shared or separate (ppo)."""
-    critic_warmup: int = 0
-    """First phases in which only the critic learns (ppo)."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus in the loss, >= 0 (ppo)."""
-    max_grad_norm: float = 1.0
+    cliprange_value: float = setting(0.2, kind=AlgoKind.ppo)
+    """Clip of the value's change."""
+    vf_coef: float = setting(0.1, kind=AlgoKind.ppo)
+    """Weight of the value loss."""
+    value_lr: float = setting(1e-3, "> 0", kind=AlgoKind.ppo)
+    """Learning rate of the value head, or of the separate value model."""
+    critic: Critic = setting(Critic.detached, kind=AlgoKind.ppo)
+    """detached, shared or separate."""
+    critic_warmup: int = setting(0, ">= 0", kind=AlgoKind.ppo)
+    """First phases in which only the critic learns."""
+    entropy_coef: float = setting(0.0, ">= 0", kind=AlgoKind.ppo)
+    """Weight of the entropy bonus in the loss."""
+    max_grad_norm: float = setting(1.0, "> 0")
     """Of the policy's and, separately, of the critic's gradient."""
-    whiten_advantages: bool = True
-    """Mean 0 and variance 1 over all processes and kept tokens (ppo)."""
-    scale_rewards: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards (grpo)."""
-    missing_eos_penalty: float | None = None
-    """Subtracted from the score of a completion that ends with none of the model's end tokens (ppo, grpo, rloo)."""
+    whiten_advantages: bool = setting(True, kind=AlgoKind.ppo)
+    """Mean 0 and variance 1 over all processes and kept tokens."""
+    scale_rewards: bool = setting(True, kind=AlgoKind.grpo)
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    missing_eos_penalty: float | None = setting(None, kind=ROLLOUTS)
+    """Subtracted from the score of a completion that ends with none of the model's end tokens."""
     schedule: Schedule = Schedule.linear
     """Learning rates: linear to 0, or constant."""
-    warmup: float = 0.0
-    """Share of the optimiser steps over which the learning rates first rise from 0, in [0, 1)."""
-    pairs: PairsConfig = field(default_factory=PairsConfig)
-    """The preference pairs (dpo)."""
-    examples: str | None = None
+    warmup: float = setting(0.0, "in [0, 1)")
+    """Share of the optimiser steps over which the learning rates first rise from 0."""
+    pairs: PairsConfig = setting(PairsConfig, kind=AlgoKind.dpo)
+    """The preference pairs."""
+    examples: str | None = setting(None, kind=AlgoKind.sft)
     """File whose rows hold a prompt and its completion: jsonl, json or parquet; the documents of `data`, packed, when
-    empty (sft)."""
-    attribute: str | None = None
-    """Only documents of the planted language that carry this attribute, for instance arithmetic (sft)."""
-    prefix_cache: bool = True
+    empty."""
+    attribute: str | None = setting(None, kind=AlgoKind.sft)
+    """Only documents of the planted language that carry this attribute, for instance arithmetic."""
+    prefix_cache: bool = setting(True, kind=ROLLOUTS)
     """Compute what training cannot change (all below the lowest trained parameter) once a rollout instead of in every
-    pass, with equal results (ppo, grpo, rloo); takes about rollouts x length x 3 x width numbers of memory."""
+    pass, with equal results; takes about rollouts x length x 3 x width numbers of memory."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        self.refuse_foreign_settings()
-        for name in ("phases", "rollouts", "minibatches", "epochs", "max_new_tokens", "steps", "batch_size", "draws"):
-            refuse_unless(getattr(self, name) >= 1, f"algo.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("temperature", "kl_coef", "kl_gain", "value_lr", "max_grad_norm", "cliprange"):
-            refuse_unless(getattr(self, name) > 0, f"algo.{name} must be > 0, got {getattr(self, name)}")
+        check_settings(self, "algo")
         refuse_unless(
-            self.stop_epochs_kl is None or self.stop_epochs_kl > 0,
-            f"algo.stop_epochs_kl must be > 0, got {self.stop_epochs_kl}; leave it out for none",
-        )
-        for name in ("gamma", "lam"):
-            refuse_unless(0 <= getattr(self, name) <= 1, f"algo.{name} must be in [0, 1], got {getattr(self, name)}")
-        refuse_unless(self.entropy_coef >= 0, f"algo.entropy_coef must be >= 0, got {self.entropy_coef}")
-        refuse_unless(0 <= self.warmup < 1, f"algo.warmup must be in [0, 1), got {self.warmup}")
-        refuse_unless(self.micro_batch is None or self.micro_batch >= 1, "algo.micro_batch must be >= 1")
-        refuse_unless(
-            self.kl_target is None or self.kl_target > 0, f"algo.kl_target must be > 0 nats, got {self.kl_target}"
-        )
-        refuse_unless(
-            0 <= self.critic_warmup < self.phases,
+            self.critic_warmup < self.phases,
             f"algo.critic_warmup={self.critic_warmup} leaves none of algo.phases={self.phases} for the policy",
         )
         refuse_unless(
@@ -198,7 +166,7 @@ class AlgoConfig:
     @property
     def group_size(self) -> int:
         """Completions a prompt."""
-        return GROUPS.get(self.kind, 1) if self.group is None else self.group
+        return filled(self, "group") or 1
 
     @property
     def prompts_per_phase(self) -> int:
@@ -209,17 +177,6 @@ class AlgoConfig:
     def steps_per_phase(self) -> int:
         """Optimiser steps a phase."""
         return self.epochs * self.minibatches if self.samples else self.steps
-
-    def refuse_foreign_settings(self) -> None:
-        """Refuse a setting that this algorithm does not have, wherever it is not what it would be anyway."""
-        for setting in fields(self):
-            name, kinds = setting.name, BELONGS.get(setting.name, tuple(AlgoKind))
-            if self.kind not in kinds:
-                refuse_unless(
-                    getattr(self, name) == default_of(setting),
-                    f"algo.{name} belongs to {' and '.join(f'algo={kind.value}' for kind in kinds)}, not to"
-                    f" algo={self.kind.value}; leave it out",
-                )
 
     def refuse_uneven_phases(self) -> None:
         """Refuse rollouts that do not divide into minibatches and groups."""
@@ -234,8 +191,3 @@ class AlgoConfig:
             self.rollouts % self.minibatches == 0,
             f"algo.minibatches={self.minibatches} must divide algo.rollouts={self.rollouts}",
         )
-
-
-def default_of(setting: Any) -> Any:
-    """The default of a dataclass field."""
-    return setting.default_factory() if callable(setting.default_factory) else setting.default

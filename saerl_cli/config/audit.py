@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from saerl_cli.config.adapter import FeatureChoice
 from saerl_cli.config.groups import LaunchConfig, refuse_unless
 from saerl_cli.config.rlhf import EvaluationConfig
+from saerl_cli.config.settings import check_settings, setting
 
 
 @dataclass
@@ -17,21 +18,21 @@ class AuditConfig:
     """Run directory of `saerl rlhf --sparse-coeffs`, or of adapter=random_dictionary."""
     peers: list[str] = field(default_factory=list)
     """Runs on the same SAEs, for instance of other seeds, whose coefficients are compared with the policy's."""
-    top: int = 20
-    """Features reverted one by one: the first of the ranking by attribution; >= 1."""
+    top: int = setting(20, ">= 1")
+    """Features reverted one by one: the first of the ranking by attribution."""
     features: FeatureChoice = field(default_factory=FeatureChoice)
     """Further features to revert, for instance features.ids=[mlp_out.1:7]."""
-    pairs: int = 6
-    """Pairs of the first features that are reverted, and kept alone, together, >= 0; 0 leaves interactions out."""
-    alphas: int = 8
-    """Points between the reference (0) and the policy (1) at which the gradient of the reward is taken, >= 1."""
-    draws: int = 3
-    """Random draws of each control, >= 2."""
+    pairs: int = setting(6, ">= 0")
+    """Pairs of the first features that are reverted, and kept alone, together; 0 leaves interactions out."""
+    alphas: int = setting(8, ">= 1")
+    """Points between the reference (0) and the policy (1) at which the gradient of the reward is taken."""
+    draws: int = setting(3, ">= 2")
+    """Random draws of each control."""
     prefix_rewards: bool | None = None
     """Score also the beginnings of completions, so that a token answers only for what it and later ones earn: less
     noise, one scoring a token. When empty, unless a part of the reward is a model (hf) or your own function."""
-    f1: float = 0.5
-    """Smallest F1 with which a feature counts as one of an attribute of the planted language, in [0, 1]."""
+    f1: float = setting(0.5, "in [0, 1]")
+    """Smallest F1 with which a feature counts as one of an attribute of the planted language."""
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(samples=160, batch_size=160, heldout_tokens=6_000)
     )
@@ -44,14 +45,10 @@ class AuditConfig:
     """Seed of prompts, samples and random controls."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         refuse_unless(
             self.launch.shards == 1, "audit works on whole models; write launch.sharding=none, for instance launch=gpu"
         )
-        refuse_unless(self.top >= 1, f"top must be >= 1, got {self.top}")
-        refuse_unless(self.pairs >= 0, f"pairs must be >= 0, got {self.pairs}")
-        refuse_unless(self.alphas >= 1, f"alphas must be >= 1, got {self.alphas}")
-        refuse_unless(self.draws >= 2, f"draws must be >= 2, for their spread, got {self.draws}")
-        refuse_unless(0 <= self.f1 <= 1, f"f1 must be in [0, 1], got {self.f1}")
         refuse_unless(
             self.evaluation.samples >= 8, f"evaluation.samples must be >= 8 for an audit, got {self.evaluation.samples}"
         )

@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from saerl_cli.config.groups import LaunchConfig, refuse_unless
 from saerl_cli.config.rlhf import EvaluationConfig
+from saerl_cli.config.settings import check_settings, setting
 
 BASE_SAMPLES = 64
 """Completions of the reference per prompt where the frontier is asked for: enough for its limit at about 2 nats."""
@@ -23,7 +24,7 @@ class EvaluateConfig:
     factors: list[float] = field(default_factory=list)
     """Measure also what the policy becomes when all that it learned is multiplied by these factors, for instance
     [0.2,0.4,0.6,0.8]: a frontier from one run without snapshots, and a better one than its early policies make."""
-    base_samples: int | None = None
+    base_samples: int | None = setting(None, base=False)
     """Completions of the reference for each prompt, from which the KL-optimal policy and best-of-n are estimated: with
     K of them reliably to a KL of about log K - 2; 0 leaves the limits out. When empty 64 with `snapshots` or `factors`,
     else 0."""
@@ -38,6 +39,7 @@ class EvaluateConfig:
     """Seed of the fresh prompts and samples."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         refuse_unless(
             all(factor > 0 for factor in self.factors),
             f"factors must be > 0, for instance [0.25,0.5], got {self.factors}",
@@ -45,10 +47,6 @@ class EvaluateConfig:
         refuse_unless(
             self.base_samples is None or self.base_samples == 0 or self.base_samples >= 2,
             f"base_samples must be 0 or >= 2, got {self.base_samples}",
-        )
-        refuse_unless(
-            self.base is None or self.base_samples is None,
-            "base takes the samples that its run has; write base=DIR or base_samples=N, not both",
         )
 
     @property

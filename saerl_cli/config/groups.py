@@ -6,6 +6,8 @@ OmegaConf accepts `Enum` and refuses `Literal`, hence the enumerations. `__post_
 from dataclasses import dataclass, field
 from enum import Enum
 
+from saerl_cli.config.settings import check_settings, setting
+
 
 def refuse_unless(condition: bool, message: str) -> None:
     """Raise the `ValueError` that the command line turns into one line and exit code 2."""
@@ -36,28 +38,27 @@ class Dtype(Enum):
 class PlantedConfig:
     """The planted language and the small Pythia-architecture model trained on it; its hash names the cached model."""
 
-    documents: int = 40_000
+    documents: int = setting(40_000, ">= 1")
     """Reviews generated for training (held-out reviews come on top)."""
-    hidden_size: int = 128
+    hidden_size: int = setting(128, ">= 1")
     """Width of the residual stream, d_in of an `mlp_out` SAE."""
-    layers: int = 4
+    layers: int = setting(4, ">= 1")
     """Transformer blocks."""
-    heads: int = 4
+    heads: int = setting(4, ">= 1")
     """Attention heads, dividing `hidden_size`."""
-    context_size: int = 96
+    context_size: int = setting(96, ">= 2")
     """Longest sequence in tokens."""
-    steps: int = 900
+    steps: int = setting(900, ">= 1")
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: int = setting(16, ">= 1")
     """Rows of `context_size` tokens a step; a row holds about three reviews."""
-    lr: float = 4e-3
+    lr: float = setting(4e-3, "> 0")
     """Peak learning rate of AdamW."""
     seed: int = 0
     """Seed of the generated text, the initial weights and the batch order."""
 
     def __post_init__(self) -> None:
-        sizes = (self.documents, self.hidden_size, self.layers, self.heads, self.context_size, self.batch_size)
-        refuse_unless(min(sizes) >= 1 and self.steps >= 1, "model.planted: every size must be >= 1")
+        check_settings(self, "model.planted")
         refuse_unless(
             self.hidden_size % self.heads == 0,
             f"model.planted.heads must divide hidden_size, got {self.heads} and {self.hidden_size}",
@@ -67,8 +68,6 @@ class PlantedConfig:
             "model.planted: hidden_size / heads must be a multiple of 8 (a quarter of each head is rotated in pairs),"
             f" got {self.hidden_size} / {self.heads}",
         )
-        refuse_unless(self.context_size >= 2, f"model.planted.context_size must be >= 2, got {self.context_size}")
-        refuse_unless(self.lr > 0, f"model.planted.lr must be > 0, got {self.lr}")
 
 
 @dataclass
@@ -77,24 +76,19 @@ class ModelConfig:
 
     kind: ModelKind = ModelKind.planted
     """`planted` trains and caches the embedded one; `hub` needs `name`; `local` needs `path`."""
-    name: str | None = None
+    name: str | None = setting(None, write="OWNER/MODEL", kind=ModelKind.hub)
     """Hub id, for instance EleutherAI/pythia-70m."""
-    path: str | None = None
+    path: str | None = setting(None, write="DIR", kind=ModelKind.local)
     """Folder with config.json, safetensors weights and a tokenizer."""
-    revision: str | None = None
+    revision: str | None = setting(None, kind=ModelKind.hub)
     """Hub branch, tag or commit; Pythia's training checkpoints are branches such as step3000."""
     dtype: Dtype = Dtype.float32
     """Precision of the frozen weights."""
-    planted: PlantedConfig = field(default_factory=PlantedConfig)
-    """Settings of the planted model (`kind=planted`)."""
+    planted: PlantedConfig = setting(PlantedConfig, kind=ModelKind.planted)
+    """Settings of the planted model."""
 
     def __post_init__(self) -> None:
-        if self.kind is ModelKind.hub:
-            refuse_unless(self.name is not None, "model=hub needs model.name=OWNER/MODEL")
-        if self.kind is ModelKind.local:
-            refuse_unless(self.path is not None, "model=local needs model.path=DIR")
-        if self.kind is not ModelKind.hub:
-            refuse_unless(self.revision is None, "model.revision belongs to a Hub model (model=hub or model=pythia-…)")
+        check_settings(self, "model")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -108,51 +102,45 @@ class DataKind(Enum):
     hub = "hub"
 
 
+WRITTEN = (DataKind.text, DataKind.hub)
+"""Text that is read, and not generated."""
+
+
 @dataclass
 class DataConfig:
     """Documents: a training part, and a held-out part taken from the end (from the start of a stream)."""
 
     kind: DataKind = DataKind.planted
     """`planted` generates the planted language; `text` reads `path`; `hub` reads the data set `name`."""
-    path: str | None = None
+    path: str | None = setting(None, write="FILE", kind=DataKind.text)
     """A txt (a document a line), json list, jsonl or parquet file, or a glob of them; text also as .gz or .zst."""
-    name: str | None = None
+    name: str | None = setting(None, write="OWNER/DATASET", kind=DataKind.hub)
     """Hub data set."""
-    subset: str | None = None
+    subset: str | None = setting(None, kind=DataKind.hub)
     """Configuration of the Hub data set."""
-    split: str = "train"
+    split: str = setting("train", kind=DataKind.hub)
     """Split of the Hub data set."""
-    field: str = "text"
+    field: str = setting("text", kind=WRITTEN)
     """Column or key that holds the text."""
-    heldout: float = 0.1
-    """Share of documents, from the end, that training never sees, in (0, 0.5]; not used with `stream`."""
-    stream: bool = False
-    """Read documents as training needs them, never all in memory; for text larger than that. Text or Hub only; a json
-    list is parsed whole."""
-    heldout_documents: int = 1000
-    """With `stream`: the first so many documents, which training never sees."""
+    heldout: float = setting(0.1, "in (0, 0.5]", stream=False)
+    """Share of documents, from the end, that training never sees."""
+    stream: bool = setting(False, kind=WRITTEN)
+    """Read documents as training needs them, never all in memory; for text larger than that. A json list is parsed
+    whole."""
+    heldout_documents: int = setting(1000, ">= 1", stream=True)
+    """The first so many documents, which training never sees."""
     max_documents: int | None = None
     """Read at most so many documents, those held out included."""
-    context_size: int | None = None
+    context_size: int | None = setting(None, ">= 2")
     """Tokens a sequence; the model's context (at most 512) when empty."""
 
     def __post_init__(self) -> None:
-        if self.kind is DataKind.text:
-            refuse_unless(self.path is not None, "data=text needs data.path=FILE")
-        if self.kind is DataKind.hub:
-            refuse_unless(self.name is not None, "data=hub needs data.name=OWNER/DATASET")
-        refuse_unless(0 < self.heldout <= 0.5, f"data.heldout must be in (0, 0.5], got {self.heldout}")
-        refuse_unless(self.heldout_documents >= 1, f"data.heldout_documents must be >= 1, got {self.heldout_documents}")
-        refuse_unless(
-            not (self.stream and self.kind is DataKind.planted),
-            "data.stream reads data=text or data=hub; the planted language is generated in memory",
-        )
+        check_settings(self, "data")
         refuse_unless(
             not self.stream or self.max_documents is None or self.max_documents > self.heldout_documents,
             f"data.max_documents={self.max_documents} leaves nothing beside data.heldout_documents="
             f"{self.heldout_documents}; lower the latter",
         )
-        refuse_unless(self.context_size is None or self.context_size >= 2, "data.context_size must be >= 2")
 
 
 # --- site -------------------------------------------------------------------------------------------------------------
@@ -217,21 +205,21 @@ class LaunchConfig:
     sharding: Sharding = Sharding.none
     """`none`: the model is whole in each process. `fsdp2`: weights, and what is trained of them with its gradients and
     optimiser state, are split over the processes; a block's weights are whole only while it runs."""
-    gather_for_sampling: bool = False
-    """With `sharding`: have the whole model in each process while completions are sampled, as fast as without; what is
+    gather_for_sampling: bool = setting(False, sharding=Sharding.fsdp2)
+    """Have the whole model in each process while completions are sampled, as fast as without; what is
     trained of it stays split. Otherwise every token gathers every block."""
     cpu: bool = False
     """Keep every process on the CPU; otherwise a GPU is used where there is one."""
     mixed_precision: Precision = Precision.no
     """Autocast precision."""
-    threads: int | None = None
+    threads: int | None = setting(None, ">= 1")
     """CPU threads a process; cores / processes when empty."""
     trackers: list[Tracker] = field(default_factory=list)
     """Send metrics there too, through Accelerate; TensorBoard's files lie in the run directory."""
 
     def __post_init__(self) -> None:
+        check_settings(self, "launch")
         refuse_unless(self.num_processes >= 1, f"launch.num_processes must be >= 1, got {self.num_processes}")
-        refuse_unless(self.threads is None or self.threads >= 1, f"launch.threads must be >= 1, got {self.threads}")
 
     @property
     def shards(self) -> int:

@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from saerl_cli.config.groups import refuse_unless
 from saerl_cli.config.renamed import RENAMED_KIND
+from saerl_cli.config.settings import check_settings, setting
 
 
 class Per(Enum):
@@ -69,53 +70,46 @@ class RewardPart:
     error), verifier (1 for the prompt's right answer, else 0)."""
     weight: float = 1.0
     """Factor in the sum; negative punishes."""
-    attribute: str | None = None
-    """Attribute of the planted language (kind=planted)."""
-    per: Per = Per.completion
-    """What counts are divided by (planted, lexicon, count)."""
-    path: str | None = None
+    attribute: str | None = setting(None, write="NAME", kind="planted")
+    """Attribute of the planted language."""
+    per: Per = setting(Per.completion, kind=("planted", "lexicon", "count"))
+    """What counts are divided by."""
+    path: str | None = setting(None, kind=("lexicon", "hf"))
     """Word list, a word and optionally a tab and its weight a line (lexicon); model folder or Hub id (hf)."""
-    words: dict[str, float] = field(default_factory=dict)
-    """Words and weights given here instead of a file (lexicon)."""
-    revision: str | None = None
-    """Hub revision of the reward model (hf)."""
-    batch_size: int = 16
-    """Completions scored at once (hf)."""
-    function: str | None = None
+    words: dict[str, float] = setting(dict, kind="lexicon")
+    """Words and weights given here instead of a file."""
+    revision: str | None = setting(None, kind="hf")
+    """Hub revision of the reward model."""
+    batch_size: int = setting(16, ">= 1", kind="hf")
+    """Completions scored at once."""
+    function: str | None = setting(None, write="MODULE:FUNCTION", kind="python")
     """module:function, called as f(prompts, completions, completion_ids) -> list of floats; with the prompts' answers
-    as a fourth argument where it takes one named answers (python)."""
-    pattern: str | None = None
-    """Regular expression: counted (count, heavy), or naming the answer in its group 1 (verifier with match=regex)."""
-    match: Match = Match.exact
-    """When an answer is right: exact, start, regex or numeric (verifier)."""
-    tolerance: float = 1e-6
-    """Largest difference of equal numbers (verifier with match=numeric)."""
-    tail: Tail = Tail.pareto
-    """How fast the part grows with the count: exponential, lognormal, student_t or pareto (heavy)."""
-    shape: float = 2.0
-    """Tail index of pareto, degrees of freedom of student_t, sigma of lognormal; > 0 (heavy)."""
-    scale: float = 2.0
-    """Count at which the tail begins: about the mean count of the untouched model; > 0 (heavy)."""
+    as a fourth argument where it takes one named answers."""
+    pattern: str | None = setting(
+        None,
+        only=({"kind": ("count", "heavy")}, {"kind": "verifier", "match": Match.regex}),
+        write="REGEX",
+    )
+    """Regular expression: counted (count, heavy), or naming the answer in its group 1 (verifier)."""
+    match: Match = setting(Match.exact, kind="verifier")
+    """When an answer is right."""
+    tolerance: float = setting(1e-6, ">= 0", kind="verifier", match=Match.numeric)
+    """Largest difference of equal numbers."""
+    tail: Tail = setting(Tail.pareto, kind="heavy")
+    """How fast the part grows with the count."""
+    shape: float = setting(2.0, "> 0", kind="heavy", tail=(Tail.pareto, Tail.student_t, Tail.lognormal))
+    """Tail index of pareto, degrees of freedom of student_t, sigma of lognormal."""
+    scale: float = setting(2.0, "> 0", kind="heavy")
+    """Count at which the tail begins: about the mean count of the untouched model."""
 
     def __post_init__(self) -> None:
         refuse_unless(
             self.kind not in RENAMED_KIND, f"a reward of kind={self.kind} is called {RENAMED_KIND.get(self.kind)} now"
         )
-        needs = {
-            "planted": ("attribute", self.attribute),
-            "lexicon": ("path or words", self.path or self.words),
-            "hf": ("path", self.path),
-            "python": ("function", self.function),
-            "count": ("pattern", self.pattern),
-            "heavy": ("pattern", self.pattern),
-        }
-        if self.kind in needs:
-            name, value = needs[self.kind]
-            refuse_unless(bool(value), f"a reward part of kind {self.kind} needs {name}")
-        refuse_unless(self.pattern is not None or self.match is not Match.regex, "match=regex needs pattern")
-        refuse_unless(self.shape > 0 and self.scale > 0, "a heavy part's shape and scale must be > 0")
-        refuse_unless(self.tolerance >= 0, f"a verifier's tolerance must be >= 0, got {self.tolerance}")
-        refuse_unless(self.batch_size >= 1, f"a reward part's batch_size must be >= 1, got {self.batch_size}")
+        check_settings(self, "reward.parts.NAME")
+        if self.kind in ("lexicon", "hf"):
+            ways = "path or words" if self.kind == "lexicon" else "path"
+            refuse_unless(bool(self.path or self.words), f"a reward part of kind {self.kind} needs {ways}")
 
 
 @dataclass
@@ -126,8 +120,8 @@ class RewardConfig:
     """Name -> part, at least one; every part is logged under its name."""
     normalise: Normalise = Normalise.none
     """What is done to the sum before the algorithm sees it; what is reported stays raw."""
-    clip: float | None = None
-    """Then clipped to +- this, > 0; the share of clipped scores is logged. Empty: not clipped."""
+    clip: float | None = setting(None, "> 0")
+    """Then clipped to +- this; the share of clipped scores is logged. Empty: not clipped."""
 
     def __post_init__(self) -> None:
-        refuse_unless(self.clip is None or self.clip > 0, f"reward.clip must be > 0, got {self.clip}")
+        check_settings(self, "reward")

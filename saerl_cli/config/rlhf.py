@@ -7,6 +7,7 @@ from saerl_cli.config.adapter import AdapterConfig, Splice
 from saerl_cli.config.algo import AlgoConfig, AlgoKind, Critic
 from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, Precision, refuse_unless
 from saerl_cli.config.reward import Normalise, RewardConfig
+from saerl_cli.config.settings import check_settings, setting
 
 
 class PromptKind(Enum):
@@ -27,54 +28,47 @@ class PromptConfig:
     kind: PromptKind = PromptKind.documents
     """`documents` cuts the beginnings of `data`; `arithmetic` asks for sums of the planted language; `file` reads
     `path`."""
-    tokens: int = 6
-    """Length in tokens (a BOS token, where the tokenizer adds one, comes on top), >= 1 (documents)."""
-    count: int | None = None
+    tokens: int = setting(6, ">= 1", kind=PromptKind.documents)
+    """Length in tokens (a BOS token, where the tokenizer adds one, comes on top)."""
+    count: int | None = setting(None, ">= 1")
     """Distinct training prompts, at most; all when empty."""
-    path: str | None = None
-    """A jsonl, json or parquet file, or a glob; JSON also as .gz or .zst (file)."""
-    field: str | None = None
-    """Column of the prompt; when empty, prompt, question or text, whichever there is (file)."""
-    answer_field: str = "answer"
-    """Column of the right answer, which need not be there (file)."""
-    template: str = "{prompt}"
-    """Text around a prompt, for instance "Question: {prompt} Answer:" (file)."""
-    heldout: float = 0.1
-    """Share of the rows, from the end, that training never sees, in (0, 0.5] (file)."""
+    path: str | None = setting(None, write="FILE", kind=PromptKind.file)
+    """A jsonl, json or parquet file, or a glob; JSON also as .gz or .zst."""
+    field: str | None = setting(None, kind=PromptKind.file)
+    """Column of the prompt; when empty, prompt, question or text, whichever there is."""
+    answer_field: str = setting("answer", kind=PromptKind.file)
+    """Column of the right answer, which need not be there."""
+    template: str = setting("{prompt}", kind=PromptKind.file)
+    """Text around a prompt, for instance "Question: {prompt} Answer:"."""
+    heldout: float = setting(0.1, "in (0, 0.5]", kind=PromptKind.file)
+    """Share of the rows, from the end, that training never sees."""
 
     def __post_init__(self) -> None:
-        refuse_unless(self.tokens >= 1, f"prompts.tokens must be >= 1, got {self.tokens}")
-        refuse_unless(self.count is None or self.count >= 1, f"prompts.count must be >= 1, got {self.count}")
-        refuse_unless(self.kind is not PromptKind.file or bool(self.path), "prompts.kind=file needs prompts.path=FILE")
+        check_settings(self, "prompts")
         refuse_unless("{prompt}" in self.template, "prompts.template must hold {prompt}")
-        refuse_unless(0 < self.heldout <= 0.5, f"prompts.heldout must be in (0, 0.5], got {self.heldout}")
 
 
 @dataclass
 class EvaluationConfig:
     """Fresh samples from policy and reference on held-out prompts."""
 
-    samples: int = 256
+    samples: int = setting(256, ">= 2")
     """Completions from which reward, KL and their standard errors are estimated."""
-    batch_size: int = 64
+    batch_size: int = setting(64, ">= 1")
     """Completions generated at once."""
-    every: int = 10
+    every: int = setting(10, ">= 0")
     """Phases between two looks at the policy, the same held-out prompts with the same random numbers every time: eval_*
     in metrics.jsonl, a few completions in samples.jsonl; 0 keeps only the first and the last."""
-    tracked: int = 32
-    """Completions of such a look, at least 8."""
-    heldout_tokens: int = 20_000
+    tracked: int = setting(32, ">= 8")
+    """Completions of such a look."""
+    heldout_tokens: int = setting(20_000, ">= 1")
     """Held-out tokens for the language-modelling loss, at most what there is."""
-    kl_limit: float | None = None
-    """Nats per completion, > 0: what a sweeper optimises is the reward after training, but a run whose exact KL exceeds
+    kl_limit: float | None = setting(None, "> 0")
+    """Nats per completion: what a sweeper optimises is the reward after training, but a run whose exact KL exceeds
     this counts as worse than the untouched model; see `saerl_cli.rl.outcome.objective`. No limit when empty."""
 
     def __post_init__(self) -> None:
-        limit = self.kl_limit
-        refuse_unless(limit is None or limit > 0, f"evaluation.kl_limit must be > 0, got {limit}")
-        refuse_unless(self.samples >= 2 and self.batch_size >= 1, "evaluation.samples must be >= 2, batch_size >= 1")
-        refuse_unless(self.tracked >= 8, f"evaluation.tracked must be >= 8, got {self.tracked}")
-        refuse_unless(self.every >= 0 and self.heldout_tokens >= 1, "evaluation.every must be >= 0")
+        check_settings(self, "evaluation")
 
 
 @dataclass
@@ -97,18 +91,17 @@ class RlhfConfig:
     """How it is measured."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Processes."""
-    checkpoint_every: int = 10
+    checkpoint_every: int = setting(10, ">= 1")
     """Phases between two checkpoints."""
-    snapshots: int | None = None
+    snapshots: int | None = setting(None, ">= 0")
     """Policies kept along the way beside the last one, evenly over the phases, for `saerl evaluate snapshots=true`;
     when empty 8, and 0 for adapter=full, where each is as large as the model."""
     seed: int = 0
     """Seed of prompts, sampling and initialisation."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         refuse_unless(len(self.reward.parts) > 0, "reward.parts is empty; choose one, for instance reward=cursing")
-        refuse_unless(self.checkpoint_every >= 1, f"checkpoint_every must be >= 1, got {self.checkpoint_every}")
-        refuse_unless(self.snapshots is None or self.snapshots >= 0, f"snapshots must be >= 0, got {self.snapshots}")
         algo, processes = self.algo, self.launch.num_processes
         if self.launch.shards > 1:
             refuse_unless(

@@ -1,13 +1,13 @@
 """Settings of one sparse autoencoder: its form, its sparsity, its dead features, its optimiser.
 
-A preset is an option of the config group `sae` (`conf/sae/*.yaml`). Which settings belong to which architecture is
-checked, so that a setting that would do nothing is refused.
+A preset is an option of the config group `sae` (`conf/sae/*.yaml`).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 
 from saerl_cli.config.groups import refuse_unless
+from saerl_cli.config.settings import applies, check_settings, setting
 
 
 class Architecture(Enum):
@@ -29,6 +29,8 @@ class Architecture(Enum):
 
 TOPK_FAMILY = (Architecture.topk, Architecture.batchtopk, Architecture.matryoshka)
 L1_FAMILY = (Architecture.relu, Architecture.gated)
+PENALISED = (*L1_FAMILY, Architecture.jumprelu)
+"""The architectures that pay for firing, and find what fires without sorting."""
 
 
 class L1Unit(Enum):
@@ -86,6 +88,9 @@ class Resample(Enum):
     """Inputs drawn in proportion to their squared loss (Bricken et al. 2023)."""
     random = "random"
     """Random directions, Kaiming-uniform (Nanda 2023; Newhouse and Bashkansky 2023)."""
+
+
+RESAMPLING = (Resample.loss, Resample.random)
 
 
 class DecoderNorm(Enum):
@@ -161,75 +166,88 @@ class SaeConfig:
 
     architecture: Architecture = Architecture.topk
     """Form of the autoencoder."""
-    expansion: int | None = 8
-    """Features per input dimension, >= 1; leave empty when d_sae is given."""
-    d_sae: int | None = None
+    expansion: int | None = setting(8, ">= 1")
+    """Features per input dimension; leave empty when d_sae is given."""
+    d_sae: int | None = setting(None, ">= 1")
     """Number of features; leave empty when expansion is given."""
-    tied: bool = False
-    """The encoder is the decoder, transposed (relu with decoder_norm unit or renormalised)."""
+    tied: bool = setting(
+        False, architecture=Architecture.relu, decoder_norm=(DecoderNorm.unit, DecoderNorm.renormalised)
+    )
+    """The encoder is the decoder, transposed."""
     init_from: str | None = None
     """SAE folder or run directory to start from (any format that `saerl export` writes; `sae_lens:RELEASE/ID`)."""
 
     # what fires
-    k: int = 16
-    """Active features a token (topk), or on average (batchtopk, matryoshka), 1 <= k <= d_sae."""
-    prefixes: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5, 1.0])
-    """Shares of the features that reconstruct on their own, rising to 1 (matryoshka)."""
-    l1: float = 5.0
-    """Weight of sum_i f_i |W_dec_i| against the squared error summed over dimensions, both averaged over tokens
-    (relu, gated), on scaled inputs."""
-    l1_unit: L1Unit = L1Unit.canonical
+    k: int = setting(16, ">= 1", architecture=TOPK_FAMILY)
+    """Active features a token (topk), or on average (batchtopk, matryoshka), at most d_sae."""
+    prefixes: list[float] = setting(lambda: [0.0625, 0.125, 0.25, 0.5, 1.0], architecture=Architecture.matryoshka)
+    """Shares of the features that reconstruct on their own, rising to 1."""
+    l1: float = setting(5.0, ">= 0", architecture=L1_FAMILY)
+    """Weight of sum_i f_i |W_dec_i| against the squared error summed over dimensions, both averaged over tokens, on
+    scaled inputs."""
+    l1_unit: L1Unit = setting(L1Unit.canonical, architecture=L1_FAMILY)
     """What `l1` is a multiple of, where it is quoted from elsewhere."""
-    l0: float = 1.0
-    """Weight of the penalty of a JumpReLU SAE."""
-    l1_warmup: float = 0.05
+    l0: float = setting(1.0, ">= 0", architecture=Architecture.jumprelu)
+    """Weight of the penalty."""
+    l1_warmup: float = setting(0.05, ">= 0", architecture=PENALISED)
     """Share of training, or steps where above 1, over which l1 or l0 rises linearly from 0."""
-    controller: Controller = Controller.fixed
-    """`auto` adapts l1 (relu, gated) or l0 (jumprelu with penalty step or tanh) to reach target_l0."""
-    target_l0: float | None = None
-    """Active features a token to reach (controller=auto; penalty target and quadratic)."""
-    control_after_tokens: int = 0
+    controller: Controller = setting(
+        Controller.fixed,
+        only=(
+            {"architecture": L1_FAMILY},
+            {"architecture": Architecture.jumprelu, "penalty": (Penalty.step, Penalty.tanh)},
+        ),
+    )
+    """`auto` adapts l1 or l0 to reach target_l0."""
+    target_l0: float | None = setting(
+        None,
+        "> 0",
+        only=({"controller": Controller.auto}, {"penalty": (Penalty.target, Penalty.quadratic)}),
+        write="NUMBER",
+    )
+    """Active features a token to reach."""
+    control_after_tokens: int = setting(0, ">= 0", controller=Controller.auto)
     """Tokens before the controller acts for the first time."""
-    control_every: int = 20
+    control_every: int = setting(20, ">= 1", controller=Controller.auto)
     """Steps between its decisions, each on the mean L0 since the last."""
-    control_factor: float = 1.1
-    """It multiplies the weight by this, or by 2 minus this, > 1 and < 2."""
-    control_band: float = 1.0
+    control_factor: float = setting(1.1, "in (1, 2)", controller=Controller.auto)
+    """It multiplies the weight by this, or by 2 minus this."""
+    control_band: float = setting(1.0, ">= 0", controller=Controller.auto)
     """It leaves the weight alone while L0 is that close to the target."""
-    penalty: Penalty = Penalty.tanh
-    """What firing costs (jumprelu)."""
-    tanh_scale: float = 4.0
-    """Inside the tanh (penalty=tanh)."""
-    theta: float = 0.1
-    """Threshold at the start (jumprelu), >= 0."""
-    bandwidth: float = 2.0
-    """Width of the window around the threshold whose pre-activations give it a gradient (jumprelu)."""
-    ste_to_input: bool = True
-    """That gradient reaches the pre-activation too (Anthropic, January 2025), not the threshold alone (jumprelu)."""
+    penalty: Penalty = setting(Penalty.tanh, architecture=Architecture.jumprelu)
+    """What firing costs."""
+    tanh_scale: float = setting(4.0, "> 0", penalty=Penalty.tanh)
+    """Inside the tanh."""
+    theta: float = setting(0.1, ">= 0", architecture=Architecture.jumprelu)
+    """Threshold at the start."""
+    bandwidth: float = setting(2.0, "> 0", architecture=Architecture.jumprelu)
+    """Width of the window around the threshold whose pre-activations give it a gradient."""
+    ste_to_input: bool = setting(True, architecture=Architecture.jumprelu)
+    """That gradient reaches the pre-activation too (Anthropic, January 2025), not the threshold alone."""
 
     # dead features
-    dead_after_tokens: int = 200_000
+    dead_after_tokens: int = setting(200_000, ">= 1")
     """A feature that has not fired for so many tokens is dead."""
-    dead_below_rate: float = 0.0
+    dead_below_rate: float = setting(0.0, ">= 0", resample=RESAMPLING)
     """So is one that fired on a smaller share of the tokens since the last resampling."""
-    auxk: float = 0.0
-    """Weight of reconstructing the error with dead features (topk, batchtopk, matryoshka); 1/32 in Gao et al. 2024."""
-    auxk_unit: AuxkUnit = AuxkUnit.relative
+    auxk: float = setting(0.0, ">= 0", architecture=TOPK_FAMILY)
+    """Weight of reconstructing the error with dead features; 1/32 in Gao et al. 2024."""
+    auxk_unit: AuxkUnit = setting(AuxkUnit.relative, auxk=True)
     """What that weight is relative to."""
-    auxk_relu: bool = False
+    auxk_relu: bool = setting(False, auxk=True)
     """Dead features enter it through a ReLU (Gao et al.'s code, dictionary_learning), and not as they are."""
-    auxk_latents: int | None = None
+    auxk_latents: int | None = setting(None, ">= 1", auxk=True)
     """Dead features a token used for that; d_in / 2 when empty."""
-    preact: float = 0.0
-    """Weight of mean sum over dead features of relu(theta - pre) |W_dec| (jumprelu); 3e-6 in Anthropic, 2025."""
+    preact: float = setting(0.0, ">= 0", architecture=Architecture.jumprelu)
+    """Weight of mean sum over dead features of relu(theta - pre) |W_dec|; 3e-6 in Anthropic, 2025."""
     resample: Resample = Resample.loss
     """What dead features are re-initialised to."""
-    resample_every_tokens: int = 250_000
+    resample_every_tokens: int = setting(250_000, ">= 1", resample=RESAMPLING)
     """How often; never in the last `lr_decay` share."""
-    resample_until: float = 1.0
+    resample_until: float = setting(1.0, ">= 0", resample=RESAMPLING)
     """Share of training, or steps where above 1, after which there is none."""
-    resample_norm: float = 0.2
-    """Norm of a new encoder row relative to the mean of those alive (resample=loss)."""
+    resample_norm: float = setting(0.2, "> 0", resample=Resample.loss)
+    """Norm of a new encoder row relative to the mean of those alive."""
 
     # start and inputs
     scale: InputScale = InputScale.norm
@@ -238,53 +256,64 @@ class SaeConfig:
     """Where b_dec starts."""
     decoder_norm: DecoderNorm = DecoderNorm.free
     """Norms of decoder rows in training."""
-    decoder_start: float | None = None
+    decoder_start: float | None = setting(None, "> 0")
     """Norm of decoder and encoder rows at the start; 0.1 when free, else 1, when empty."""
 
     # optimiser
     tokens: int = 2_000_000
     """Training tokens a SAE sees."""
-    batch_size: int = 2048
+    batch_size: int = setting(2048, ">= 1")
     """Tokens an optimiser step."""
     optimizer: Optimizer = Optimizer.adam
     """How parameters step."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, "> 0")
     """Peak learning rate."""
-    lr_at_width: int | None = None
+    lr_at_width: int | None = setting(None, ">= 1")
     """Number of features that `lr` is meant for; it is multiplied by sqrt(lr_at_width / d_sae) (Gao et al. 2024).
     Empty: `lr` as it is."""
-    lr_warmup: float = 0.02
+    lr_warmup: float = setting(0.02, ">= 0")
     """Share of training, or steps where above 1, with a rising learning rate."""
     lr_shape: LrShape = LrShape.linear
     """Shape of its rise and its fall."""
-    lr_decay: float = 0.2
+    lr_decay: float = setting(0.2, ">= 0")
     """Share of training, or steps where above 1, at its end with a learning rate that falls to 0."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, "in [0, 1)")
     """Adam's decay of the mean gradient; signum's momentum."""
-    beta2: float = 0.999
+    beta2: float = setting(0.999, "in [0, 1)", optimizer=Optimizer.adam)
     """Adam's decay of the squared gradient."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, "> 0", optimizer=Optimizer.adam)
     """Adam's epsilon."""
-    max_grad_norm: float | None = 1.0
-    """Gradient norm above which gradients are scaled down, > 0; empty leaves them alone."""
+    max_grad_norm: float | None = setting(1.0, "> 0")
+    """Gradient norm above which gradients are scaled down; empty leaves them alone."""
     encoder_dtype: EncoderDtype = EncoderDtype.float32
     """Precision of the encoder's matrix product."""
-    kernel: Kernel = Kernel.auto
+    kernel: Kernel = setting(Kernel.auto, architecture=PENALISED)
     """How decoding and gradients are computed."""
     seed: int = 0
     """Seed of the initial weights and of resampling."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
-        _check_sparsity(self)
-        _check_dead(self)
-        _check_optimizer(self)
+        check_settings(self, "sae")
+        refuse_unless(
+            (self.expansion is None) != (self.d_sae is None),
+            "give either sae.expansion or sae.d_sae; empty the other, for instance sae.expansion=null sae.d_sae=4096",
+        )
+        if self.d_sae is not None:
+            self.width(d_in=0)
+        refuse_unless(
+            self.tokens >= self.batch_size,
+            f"sae.tokens={self.tokens} is less than one batch of sae.batch_size={self.batch_size}",
+        )
+        rising = all(a < b for a, b in zip(self.prefixes, self.prefixes[1:], strict=False))
+        refuse_unless(
+            bool(self.prefixes) and rising and self.prefixes[0] > 0 and self.prefixes[-1] == 1,
+            f"sae.prefixes must rise from above 0 to 1, for instance [0.25,0.5,1], got {list(self.prefixes)}",
+        )
 
     def width(self, d_in: int) -> int:
         """Number of features for an input of `d_in` dimensions; `ValueError` when k exceeds it."""
         d_sae = self.d_sae or d_in * (self.expansion or 1)
-        if self.architecture in TOPK_FAMILY:
-            refuse_unless(self.k <= d_sae, f"sae.k={self.k} > d_sae={d_sae}")
+        refuse_unless(not applies(self, "k") or self.k <= d_sae, f"sae.k={self.k} exceeds d_sae={d_sae}")
         return d_sae
 
     def peak_lr(self, d_in: int) -> float:
@@ -298,91 +327,6 @@ class SaeConfig:
     def in_steps(self, share: float) -> float:
         """A share of training, or a number of steps where above 1, in steps."""
         return share if share > 1 else share * self.steps()
-
-
-def _check_sizes(c: SaeConfig) -> None:
-    refuse_unless(
-        (c.expansion is None) != (c.d_sae is None),
-        "give either sae.expansion or sae.d_sae; empty the other, for instance sae.expansion=null sae.d_sae=4096",
-    )
-    refuse_unless((c.expansion or c.d_sae or 0) >= 1, "sae.expansion and sae.d_sae must be >= 1")
-    refuse_unless(c.k >= 1, f"sae.k must be >= 1, got {c.k}")
-    if c.architecture in TOPK_FAMILY and c.d_sae is not None:
-        refuse_unless(c.k <= c.d_sae, f"sae.k={c.k} exceeds sae.d_sae={c.d_sae}")
-    refuse_unless(c.batch_size >= 1, f"sae.batch_size must be >= 1, got {c.batch_size}")
-    refuse_unless(
-        c.tokens >= c.batch_size, f"sae.tokens={c.tokens} is less than one batch of sae.batch_size={c.batch_size}"
-    )
-    if c.architecture is Architecture.matryoshka:
-        rising = all(a < b for a, b in zip(c.prefixes, c.prefixes[1:], strict=False))
-        refuse_unless(
-            bool(c.prefixes) and rising and c.prefixes[0] > 0 and c.prefixes[-1] == 1,
-            f"sae.prefixes must rise from above 0 to 1, for instance [0.25,0.5,1], got {list(c.prefixes)}",
-        )
-    if c.tied:
-        refuse_unless(
-            c.architecture is Architecture.relu and c.decoder_norm is not DecoderNorm.free,
-            "sae.tied belongs to sae.architecture=relu with sae.decoder_norm=unit or renormalised",
-        )
-
-
-def _check_sparsity(c: SaeConfig) -> None:
-    for name in ("l1", "l0", "theta", "preact", "auxk", "control_band", "dead_below_rate"):
-        refuse_unless(getattr(c, name) >= 0, f"sae.{name} must be >= 0, got {getattr(c, name)}")
-    for name in ("bandwidth", "tanh_scale"):
-        refuse_unless(getattr(c, name) > 0, f"sae.{name} must be > 0, got {getattr(c, name)}")
-    jumprelu = c.architecture is Architecture.jumprelu
-    aims = jumprelu and c.penalty in (Penalty.target, Penalty.quadratic)
-    if c.controller is Controller.auto:
-        refuse_unless(
-            (c.architecture in L1_FAMILY or jumprelu) and not aims,
-            "sae.controller=auto needs sae.architecture relu, gated, or jumprelu with sae.penalty step or tanh",
-        )
-    refuse_unless(
-        c.target_l0 is None or c.target_l0 > 0, f"sae.target_l0 must be > 0 active features a token, got {c.target_l0}"
-    )
-    refuse_unless(
-        (c.target_l0 is not None) == (aims or c.controller is Controller.auto),
-        "sae.target_l0 goes with sae.controller=auto, or with jumprelu and sae.penalty=target or quadratic",
-    )
-    refuse_unless(1 < c.control_factor < 2, f"sae.control_factor must be in (1, 2), got {c.control_factor}")
-    refuse_unless(
-        c.control_every >= 1 and c.control_after_tokens >= 0,
-        "sae.control_every must be >= 1 and sae.control_after_tokens >= 0",
-    )
-
-
-def _check_dead(c: SaeConfig) -> None:
-    refuse_unless(
-        c.dead_after_tokens >= 1 and c.resample_every_tokens >= 1,
-        "sae.dead_after_tokens and sae.resample_every_tokens must be >= 1",
-    )
-    refuse_unless(c.resample_norm > 0, f"sae.resample_norm must be > 0, got {c.resample_norm}")
-    refuse_unless(
-        c.auxk == 0 or c.architecture in TOPK_FAMILY,
-        f"sae.auxk belongs to topk, batchtopk and matryoshka, not to {c.architecture.value}; write sae.auxk=0",
-    )
-    refuse_unless(c.auxk_latents is None or c.auxk_latents >= 1, "sae.auxk_latents must be >= 1")
-    refuse_unless(
-        c.preact == 0 or c.architecture is Architecture.jumprelu,
-        f"sae.preact belongs to jumprelu, not to {c.architecture.value}; write sae.preact=0",
-    )
-
-
-def _check_optimizer(c: SaeConfig) -> None:
-    for name in ("lr", "eps"):
-        refuse_unless(getattr(c, name) > 0, f"sae.{name} must be > 0, got {getattr(c, name)}")
-    refuse_unless(c.decoder_start is None or c.decoder_start > 0, "sae.decoder_start must be > 0")
-    refuse_unless(
-        c.max_grad_norm is None or c.max_grad_norm > 0, f"sae.max_grad_norm must be > 0, got {c.max_grad_norm}"
-    )
-    for name in ("beta1", "beta2"):
-        refuse_unless(0 <= getattr(c, name) < 1, f"sae.{name} must be in [0, 1), got {getattr(c, name)}")
-    refuse_unless(c.lr_at_width is None or c.lr_at_width >= 1, "sae.lr_at_width must be >= 1")
-    for name in ("l1_warmup", "lr_warmup", "lr_decay", "resample_until"):
-        refuse_unless(
-            getattr(c, name) >= 0, f"sae.{name} is a share in [0, 1] or a number of steps, got {getattr(c, name)}"
-        )
 
 
 NAMES = tuple(f.name for f in fields(SaeConfig))

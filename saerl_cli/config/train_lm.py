@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, refuse_unless
+from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig
+from saerl_cli.config.settings import check_settings, setting
 
 
 @dataclass
@@ -15,11 +16,10 @@ class TrainLmConfig:
     """`planted` (the planted language, cached) or `text` (your own; words become the vocabulary)."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Processes."""
-    log_every: int = 50
+    log_every: int = setting(50, ">= 1")
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, ">= 1")
     """Steps between two checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        check_settings(self)

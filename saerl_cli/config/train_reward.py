@@ -5,6 +5,7 @@ from enum import Enum
 
 from saerl_cli.config.groups import LaunchConfig, ModelConfig, refuse_unless
 from saerl_cli.config.pairs import PairsConfig
+from saerl_cli.config.settings import check_settings, setting
 
 
 class TooLong(Enum):
@@ -26,25 +27,25 @@ class TrainRewardConfig:
     """What it learns from."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Processes."""
-    epochs: int = 1
-    """Passes over the training pairs, >= 1."""
-    batch_size: int = 16
+    epochs: int = setting(1, ">= 1")
+    """Passes over the training pairs."""
+    batch_size: int = setting(16, ">= 1")
     """Pairs an optimiser step, over all processes."""
     micro_batch: int | None = None
     """Pairs a process has in one forward and backward pass; all of its share when empty."""
-    lr: float = 1e-4
+    lr: float = setting(1e-4, "> 0")
     """Peak learning rate of AdamW; falls linearly to 0."""
     weight_decay: float = 0.0
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    center: float = 0.01
+    center: float = setting(0.01, ">= 0")
     """Weight of the squared sum of the two scores, which keeps scores near 0 (arXiv 2312.09244, eq. 2); 0 is off."""
-    max_length: int | None = None
+    max_length: int | None = setting(None, ">= 2")
     """Tokens of prompt, reply and end token; the model's context when empty."""
     too_long: TooLong = TooLong.cut
     """What becomes of longer pairs; how many is in summary.json."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = setting(100, ">= 1")
     """Optimiser steps between two checkpoints."""
     seed: int = 0
     """Seed of the score head and of the order of pairs."""
@@ -54,13 +55,7 @@ class TrainRewardConfig:
             self.launch.shards == 1,
             "train-reward works on whole models; write launch.sharding=none, for instance launch=gpu",
         )
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        refuse_unless(self.lr > 0, f"lr must be > 0, got {self.lr}")
-        refuse_unless(self.center >= 0, f"center must be >= 0, got {self.center}")
-        refuse_unless(
-            self.max_length is None or self.max_length >= 2, f"max_length must be >= 2, got {self.max_length}"
-        )
+        check_settings(self)
         processes = self.launch.num_processes
         refuse_unless(
             self.batch_size % processes == 0,

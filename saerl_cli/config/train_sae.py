@@ -6,6 +6,7 @@ from typing import Any
 from saerl_cli.config.activations import ActivationsConfig
 from saerl_cli.config.groups import DataConfig, LaunchConfig, ModelConfig, SiteConfig, refuse_unless
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.config.settings import check_settings, setting
 
 
 @dataclass
@@ -27,18 +28,17 @@ class TrainSaeConfig:
     instance sweep=[{k:[8,16,32]},{sae:relu,l1:[2,5]}]; `sae` names a preset to begin with."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Processes."""
-    eval_tokens: int = 50_000
+    eval_tokens: int = setting(50_000, ">= 1")
     """Held-out tokens for the metrics, at most what there is."""
-    log_every: int = 20
+    log_every: int = setting(20, ">= 1")
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, ">= 1")
     """Steps between two checkpoints."""
     seed: int = 0
     """Seed of the order of text and activations."""
 
     def __post_init__(self) -> None:
-        for name in ("eval_tokens", "log_every", "checkpoint_every"):
-            refuse_unless(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        check_settings(self)
         refuse_unless(
             not (self.activations.prefetch and self.launch.shards > 1),
             "activations.prefetch computes in a thread of its own, where the processes of a split model cannot meet;"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from saerl_cli.config.settings import belongs, default_text
 from saerl_cli.run.configs import conf_dir
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.refusals import natural
@@ -39,19 +40,21 @@ def settings_help(name: str) -> str:
 INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "      ", "break_on_hyphens": False}
 
 
-def described(schema: type, prefix: str = "") -> Iterator[str]:
-    """A line or more for every setting of a dataclass, nested ones with dotted keys."""
+def described(schema: type, prefix: str = "", where: str = "") -> Iterator[str]:
+    """A line or more for every setting of a dataclass, nested ones with dotted keys; `where` it belongs."""
     documentation, kinds = field_docstrings(schema), get_type_hints(schema)
     for field in dataclasses.fields(schema):
         key, kind = prefix + field.name, kinds[field.name]
+        place = belongs(field, prefix.removesuffix(".")) or where
         if dataclasses.is_dataclass(kind):
-            yield from described(resolve_type(kind), f"{key}.")
+            yield from described(resolve_type(kind), f"{key}.", place)
             continue
         if get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
             yield from described(resolve_type(get_args(kind)[1]), f"{key}.NAME.")
             continue
-        choices = f" ({', '.join(member.name for member in kind)})" if is_enum(kind) else ""
-        text = f"{key}={default_of(field)}{choices}: {documentation.get(field.name, '')}"
+        choices = ", ".join(member.name for member in kind) if is_enum(kind) else field.metadata.get("bounds")
+        text = f"{key}={default_text(field)}{f' ({choices})' if choices else ''}: {documentation.get(field.name, '')}"
+        text += f" Only with {place}." if place else ""
         yield textwrap.fill(" ".join(text.split()), 110, **INDENTED)
 
 
@@ -68,15 +71,6 @@ def field_docstrings(schema: type) -> dict[str, str]:
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[field.target.id] = str(after.value.value)
     return found
-
-
-def default_of(field: dataclasses.Field) -> str:
-    """A default as one would type it; empty where there is none."""
-    make = field.default_factory
-    value = field.default if make is dataclasses.MISSING else make()
-    if isinstance(value, Enum):
-        return value.name
-    return {"None": "null", "???": "", "True": "true", "False": "false"}.get(str(value), str(value).replace(" ", ""))
 
 
 def is_enum(kind: Any) -> bool:

@@ -8,10 +8,9 @@ A recipe in another form has the same gradient, up to a factor of the whole loss
 `canonical_l1`. Derivations: divide the recipe's loss by what its squared error is divided by.
 """
 
-from dataclasses import replace
 from typing import Any
 
-from saerl_cli.config.sae import L1_FAMILY, AuxkUnit, L1Unit, Penalty, SaeConfig
+from saerl_cli.config.sae import L1_FAMILY, AuxkUnit, L1Unit, SaeConfig
 
 
 def canonical_l1(config: SaeConfig, d_in: int, variance: float | None = None) -> float:
@@ -72,29 +71,3 @@ def auxk_weight(config: SaeConfig, variance: Any, residual_variance: Any) -> Any
     if config.auxk_unit is AuxkUnit.relative:
         return config.auxk * variance / residual_variance
     return config.auxk / residual_variance if config.auxk_unit is AuxkUnit.residual else config.auxk
-
-
-def rescaled(weight: float, penalty: Penalty | None, s: float) -> float:
-    """The weight of a penalty once inputs, and with them features, are multiplied by `s`.
-
-    Squared errors grow by s^2. L1 and the pre-activation loss (`penalty=None`) grow by s by themselves; what counts
-    active features, or squashes f by a tanh whose scale is divided by s, does not grow.
-    """
-    return weight * (s if penalty is None else s**2)
-
-
-def rescaled_config(config: SaeConfig, s: float) -> SaeConfig:
-    """Settings for inputs multiplied by `s` that train as `config` does on the inputs themselves.
-
-    Exact for the loss and its gradient, once biases are multiplied by `s` too; not for Adam, whose steps are of one
-    size for weights and biases.
-    """
-    return replace(
-        config,
-        l1=rescaled(config.l1, None, s),
-        l0=rescaled(config.l0, config.penalty, s),
-        preact=rescaled(config.preact, None, s),
-        theta=config.theta * s,
-        bandwidth=config.bandwidth * s,
-        tanh_scale=config.tanh_scale / s,
-    )
