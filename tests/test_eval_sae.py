@@ -35,7 +35,7 @@ def run(tmp_path_factory, tiny_planted_model) -> Path:
     settings = {
         "mlp_out.1-k4-seed0": SETTINGS,
         "mlp_out.1-k4-seed1": replace(SETTINGS, seed=1),
-        "mlp_out.1-relu": replace(SETTINGS, architecture=Architecture.relu, l1=0.5, auxk=0.0),
+        "mlp_out.1-relu": replace(SETTINGS, architecture=Architecture.relu, l1=0.5, k=16),
     }
     return make_run(tmp_path_factory.mktemp("saes") / "run", settings)
 

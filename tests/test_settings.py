@@ -20,7 +20,7 @@ EVERYWHERE = {
     "AlgoConfig": "phases micro_batch max_new_tokens temperature max_grad_norm schedule warmup"
     " activation_checkpointing",
     "DataConfig": "max_documents context_size",
-    "ModelConfig": "dtype",
+    "ModelConfig": "dtype planted",
     "PairsConfig": "count heldout",
     "PromptConfig": "count",
     "RewardPart": "weight",

@@ -84,8 +84,8 @@ class ModelConfig:
     """Hub branch, tag or commit; Pythia's training checkpoints are branches such as step3000."""
     dtype: Dtype = Dtype.float32
     """Precision of the frozen weights."""
-    planted: PlantedConfig = setting(PlantedConfig, kind=ModelKind.planted)
-    """Settings of the planted model."""
+    planted: PlantedConfig = field(default_factory=PlantedConfig)
+    """Settings of the planted model (`kind=planted`); words of a size may stand beside any kind."""
 
     def __post_init__(self) -> None:
         check_settings(self, "model")
