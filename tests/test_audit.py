@@ -10,7 +10,7 @@ from rl_fixtures import GOOD, good_share, tiny_model, tiny_sae, word_tokenizer
 import saerl_cli.analysis.attribution as attribution
 from saerl_cli.adapter import biases, deltas, sparse_coeffs
 from saerl_cli.adapter.coefficients import site_layers
-from saerl_cli.analysis.attribution import advantages, attribute, less_the_others, moved, pass_attributions, scaled
+from saerl_cli.analysis.attribution import advantages, attribute, less_the_others, pass_attributions, scaled, touched
 from saerl_cli.analysis.audit.agreement import spearman, top_overlap
 from saerl_cli.analysis.audit.classify import sums_by
 from saerl_cli.analysis.audit.curves import averaged, control, curve, grid, matched, needed, only, random_order
@@ -168,7 +168,7 @@ ROWS[:, 0] = 1
 @pytest.fixture(scope="module")
 def attributed(causes) -> torch.Tensor:
     """Attributions of the first 300 prompts, [prompts, 62]."""
-    parts = list(attribute(causes, REWARD, PROMPTS[:300], moved(causes.model), HOW, 4, prefixes=False))
+    parts = list(attribute(causes, REWARD, PROMPTS[:300], touched(causes.model), HOW, 4, prefixes=False))
     return torch.stack(parts).mean(0)
 
 
@@ -176,7 +176,7 @@ def attributed(causes) -> torch.Tensor:
 def variants(causes) -> Variants:
     """On the other 300 prompts."""
     how = Sampling(8, 1.0, 300, seed=12)
-    return Variants(causes, REWARD, PROMPTS[300:], ROWS, how, moved(causes.model))
+    return Variants(causes, REWARD, PROMPTS[300:], ROWS, how, touched(causes.model))
 
 
 def gain_of(variants: Variants) -> Gain:
@@ -186,7 +186,7 @@ def gain_of(variants: Variants) -> Gain:
 
 
 def test_the_audit_names_the_causes(causes, attributed):
-    coefficients = moved(causes.model)
+    coefficients = touched(causes.model)
     assert len(coefficients) == 62 and coefficients.sites == ["mlp_out.1"]
     mean, error = attributed.mean(0), attributed.std(0) / math.sqrt(300)
     first = mean.argsort(descending=True)[:3].tolist()
@@ -221,7 +221,7 @@ def test_attributions_sum_to_the_gain(attributed, variants):
 
 def test_beginnings_change_the_noise_but_not_the_mean(causes):
     count = Reward((Part("count", 1.0, lambda prompts, texts, ids: [sum(t in GOOD for t in row) for row in ids]),))
-    coefficients = moved(causes.model)
+    coefficients = touched(causes.model)
     found = {}
     for prefixes in (False, True):
         (part,) = attribute(causes, count, PROMPTS[:300], coefficients, HOW, 1, prefixes)
@@ -251,7 +251,7 @@ def test_attributions_are_the_gradient(tmp_path, splice):
             parameter.data.copy_(0.4 * torch.randn(64, generator=torch.Generator().manual_seed(number)))
     prompts, completions = PROMPTS[:3], [[3, 4, 5], [6], [7, 8]]
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(9)).double()
-    coefficients = moved(policy.model)
+    coefficients = touched(policy.model)
     with scaled(policy.model, coefficients, 0.25):
         found = pass_attributions(policy, coefficients, 0.25, prompts, completions, weights, 0.9)
         parameters = {site: attribution.own_parameters(layer) for site, layer in layers.items()}
@@ -273,7 +273,7 @@ def test_coefficients_are_restored_to_the_bit(tmp_path):
     for parameter in attribution.own_parameters(layer):
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     before = deltas(policy.model)["mlp_out.1"], biases(policy.model)["mlp_out.1"]
-    coefficients = moved(policy.model)
+    coefficients = touched(policy.model)
     scale = torch.rand(64, generator=torch.Generator().manual_seed(1))
 
     def inside() -> None:
@@ -286,7 +286,7 @@ def test_coefficients_are_restored_to_the_bit(tmp_path):
     after = deltas(policy.model)["mlp_out.1"], biases(policy.model)["mlp_out.1"]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     layer.sparse_coeffs_delta["default"].weight.data[:9] = 0
-    assert len(moved(policy.model)) == 64, "a shift alone is a change too"
+    assert len(touched(policy.model)) == 64, "a shift alone is a change too"
 
 
 def test_nothing_kept_is_the_reference_and_all_the_policy(causes, variants):
@@ -331,7 +331,7 @@ def test_reverting_agrees_with_weighting_the_policys_own_samples(variants, cause
 def test_a_variant_is_measured_once_and_read_back_to_the_bit(causes, tmp_path, monkeypatch):
     file = tmp_path / "variants.jsonl"
     how = Sampling(8, 1.0, 300, seed=12)
-    arguments = (causes, REWARD, PROMPTS[:20], ROWS, how, moved(causes.model), file)
+    arguments = (causes, REWARD, PROMPTS[:20], ROWS, how, touched(causes.model), file)
     scale = only([3, 1, 2], 2, 62)
     assert scale.nonzero()[:, 0].tolist() == [1, 3]
     first = Variants(*arguments)

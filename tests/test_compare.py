@@ -44,7 +44,7 @@ def evaluation(folder: Path, adapter: str, seed: int, slope: float, reach: float
             "reward_se": 0.1,
             "gain": slope * kl,
             "gain_se": 0.05,
-            **({"nonzero": 10 + seed} if adapter != "full" else {}),
+            **({"nonzero": 20 + seed, "changed": 10 + seed} if adapter != "full" else {}),
         }
         for step, kl in ((1, reach / 2), (2, reach))
     ]
@@ -321,12 +321,12 @@ def test_the_command_writes_table_figure_and_numbers(saerl, runs):
     (runs / "full-0" / "base.jsonl").write_text("".join(lines))
     done = saerl("compare", f"runs={runs}/*", "kls=[0.5,1.5]", "labels={full: all weights}", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
-    heading = "method seeds trainable nonzero KL, nats gain minus baseline p of baseline of optimum"
+    heading = "method seeds trainable moved KL, nats gain minus baseline p of baseline of optimum"
     assert " ".join(done.stdout.splitlines()[0].split()) == heading
     assert "not reached (1 of 2)" in done.stdout
     summary = Run(Path("out")).read_summary()
     coeffs, full = summary["table"][:2]
-    assert (coeffs["method"], full["method"], coeffs["nonzero"], full["nonzero"]) == (
+    assert (coeffs["method"], full["method"], coeffs["changed"], full["changed"]) == (
         "sparse_coeffs",
         "all weights",
         11,
@@ -339,7 +339,7 @@ def test_the_command_writes_table_figure_and_numbers(saerl, runs):
     drawn = Path("out", "figure.csv").read_text()
     assert "optimum" in drawn and "sparse_coeffs (mean)" in drawn and Path("out", "figure.png").stat().st_size > 0
     with Path("out", "sparsity.csv").open() as file:
-        assert {(line["method"], float(line["nonzero"])) for line in csv.DictReader(file)} == {
+        assert {(line["method"], float(line["changed"])) for line in csv.DictReader(file)} == {
             ("sparse_coeffs", 10),
             ("sparse_coeffs", 11),
             ("sparse_coeffs", 12),

@@ -18,6 +18,7 @@ from report_runs import (
 )
 
 from saerl_cli.analysis.behaviour import gold_parts, one_feature, proxy_and_gold
+from saerl_cli.config.adapter import MOVED
 from saerl_cli.report.collect import collect
 from saerl_cli.report.content import TEXT, thin
 from saerl_cli.report.page import embedded, write_report
@@ -110,7 +111,7 @@ def test_features_are_listed_with_their_cards_first(tmp_path):
     part = report(run, out=tmp_path)["features"][0]
     assert part["feature"][:3] == [0, 1, 2] and len(part["feature"]) == 50 and len(part["cards"]) == 3
     assert sorted(part["feature"]) == list(range(50)) and part["total"] == 50
-    assert part["moved"] == sum(abs(d) > 0.1 for d in part["delta"])
+    assert part["moved"] == sum(abs(d) > MOVED for d in part["delta"])
 
 
 def test_an_audit_gives_its_curve_and_the_share_of_one_feature(tmp_path):

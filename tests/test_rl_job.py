@@ -170,8 +170,8 @@ def test_summary_has_the_agreed_keys(finished):
     assert summary["adapter"] == "sparse_coeffs" and summary["frozen_unchanged"] is True
     assert (summary["steps"], summary["samples"]) == (12, 48)
     assert summary["kl_exact"] > 0 and summary["reward_se"] > 0
-    assert all(f.keys() == {"site", "feature", "delta", "label"} for f in summary["top_features"])
-    sizes = [abs(feature["delta"]) for feature in summary["top_features"]]
+    assert all(f.keys() == {"site", "feature", "delta", "effect", "label"} for f in summary["top_features"])
+    sizes = [feature["effect"] for feature in summary["top_features"]]
     assert sizes == sorted(sizes, reverse=True) and any(feature["label"] for feature in summary["top_features"])
     found = summary["behaviour"]
     best, own = found["baselines"]["string"], found["baselines"]["policy"]

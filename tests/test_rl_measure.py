@@ -188,5 +188,5 @@ def test_top_tokens_by_summed_activation():
     sae.W_enc.data.copy_(torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]))
     x = torch.tensor([[1.0, 0.0], [0.6, 2.0], [0.6, 0.0], [0.0, 1.0]])
     tokens = torch.tensor([7, 9, 9, 4])
-    assert top_tokens(sae, x, tokens, 2) == [[9, 7], [9, 4], []], "1.2 against 1.0; 2.0 against 1.0; silent"
-    assert top_tokens(sae, x, tokens, 1, features=[1]) == [[9]]
+    assert top_tokens(sae.encode(x), tokens, 2) == [[9, 7], [9, 4], []], "1.2 against 1.0; 2.0 against 1.0; silent"
+    assert top_tokens(sae.encode(x)[:, [1]], tokens, 1) == [[9]]

@@ -8,7 +8,7 @@ then load with `PeftModel.from_pretrained` and every other door of PEFT. So do, 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from saerl_cli.adapter import vector
-from saerl_cli.adapter.coefficients import biases, delta_statistics, deltas, site_layers
+from saerl_cli.adapter.coefficients import biases, delta_statistics, deltas, effects, moved, site_layers
 from saerl_cli.adapter.config import PEFT_TYPE, SPLICES, SparseCoeffConfig, sparse_coeffs
 from saerl_cli.adapter.files import check_adapter, load_adapter, read_deltas, save_adapter
 from saerl_cli.adapter.layer import FixedSplice, SparseCoeffLayer, splice
@@ -29,6 +29,8 @@ __all__ = [
     "biases",
     "check_adapter",
     "delta_statistics",
+    "effects",
+    "moved",
     "deltas",
     "load_adapter",
     "read_deltas",

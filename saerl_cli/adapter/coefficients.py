@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from saerl_cli.adapter.gates import gate
 from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.config.adapter import MOVED
 
 
 def site_layers(model: nn.Module) -> dict[str, SparseCoeffLayer]:
@@ -21,13 +22,32 @@ def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]
     return {site: delta * gate(gates[site]) if site in gates else delta for site, delta in found.items()}
 
 
+def moved(delta: Tensor) -> Tensor:
+    """Tell which coefficients have moved (`MOVED` says when), bool like delta."""
+    return delta.abs() > MOVED
+
+
+def effects(delta: Tensor, mean: Tensor, decoder: Tensor) -> Tensor:
+    """Rank features by what their coefficients write: |delta_i| E[f_i] |W_dec_i|, [d_sae].
+
+    The mean norm of what coefficient i adds to the stream on held-out text of the untouched model: the one order of
+    features in every list. By |delta| alone features come first that hardly ever fire, or write next to nothing.
+
+    Args:
+        delta: [d_sae].
+        mean: activations, averaged over tokens, [d_sae].
+        decoder: [d_sae, d_in].
+    """
+    return delta.to(mean).abs() * mean * decoder.to(mean).norm(dim=-1)
+
+
 def biases(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """Site name -> a copy of the bias d, [d_sae], on the CPU; empty but for the splice `pre_activation`."""
     return _copies(model, "sparse_coeffs_bias", adapter_name)
 
 
 def delta_statistics(
-    model: nn.Module, eps: float = 1e-3, top: int = 10, adapter_name: str = "default"
+    model: nn.Module, eps: float = MOVED, top: int = 10, adapter_name: str = "default"
 ) -> dict[str, Any]:
     """How far coefficients have moved, as plain data for a log.
 

@@ -12,7 +12,7 @@ where r(y_<=t-1), the reward of what has been written before token t, and b_t, t
 *other* completions, are baselines: they do not depend on token t, so the estimate stays unbiased. Every shift of the
 splice `pre_activation` counts with its coefficient.
 
-Letters: B completions, T tokens (of prompt and completion), M features at a site, F those that moved, over all sites.
+Letters: B completions, T tokens (of prompt and completion), M features at a site, F those not untouched, of all sites.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ AT_ONCE = 30_000_000
 
 
 @dataclass(frozen=True)
-class Moved:
+class Coefficients:
     """The coefficients of a policy that are not untouched, one after the other in the order of the sites."""
 
     sites: list[str]
@@ -66,14 +66,14 @@ class Moved:
         return self.site == self.sites.index(site)
 
 
-def moved(model: Any) -> Moved:
-    """The coefficients of a model that are not untouched: delta, or the shift of `pre_activation`, is not 0."""
+def touched(model: Any) -> Coefficients:
+    """Collect the coefficients of a model that are not untouched: delta, or the shift of `pre_activation`, is not 0."""
     found, shifts = deltas(model), biases(model)
     places = [
         ((delta != 0) | (shifts[site] != 0) if site in shifts else delta != 0).nonzero()[:, 0]
         for site, delta in found.items()
     ]
-    return Moved(
+    return Coefficients(
         sites=list(found),
         sizes=[len(delta) for delta in found.values()],
         site=torch.cat([torch.full_like(place, number) for number, place in enumerate(places)]),
@@ -83,8 +83,8 @@ def moved(model: Any) -> Moved:
 
 
 @contextmanager
-def scaled(model: Any, coefficients: Moved, scale: Tensor | float) -> Iterator[None]:
-    """Within, every coefficient that moved (and its shift) is multiplied by `scale`, [F] or one number.
+def scaled(model: Any, coefficients: Coefficients, scale: Tensor | float) -> Iterator[None]:
+    """Within, every coefficient (and its shift) is multiplied by `scale`, [F] or one number.
 
     Afterwards they are what they were, to the bit, whatever happened inside.
     """
@@ -228,7 +228,7 @@ def site_attributions(layer: SparseCoeffLayer, seen: Watched, gradient: Tensor, 
 
 def pass_attributions(
     policy: Policy,
-    coefficients: Moved,
+    coefficients: Coefficients,
     alpha: float,
     prompts: Sequence[Prompt],
     completions: Sequence[list[int]],
@@ -268,7 +268,7 @@ def attribute(
     policy: Policy,
     reward: Reward,
     prompts: Sequence[Prompt],
-    coefficients: Moved,
+    coefficients: Coefficients,
     how: Sampling,
     alphas: int,
     prefixes: bool,

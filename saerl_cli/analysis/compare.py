@@ -206,7 +206,7 @@ def comparison(chosen: Chosen, config: CompareConfig) -> tuple[list[Method], dic
     facts = {method.name: facts_of(method) for method in methods}
     rows = [
         row(method, kl, baseline, optima)
-        | {key: facts[method.name][key] for key in ("trainable_parameters", "nonzero", "measured")}
+        | {key: facts[method.name][key] for key in ("trainable_parameters", "changed", "nonzero", "measured")}
         for kl in config.kls or common_kls(methods)
         for method in methods
     ]
@@ -235,7 +235,6 @@ def best_limits(evaluations: Sequence[Evaluation]) -> Limits | None:
 def facts_of(method: Method) -> dict[str, Any]:
     """A method's runs and final policies, as plain data."""
     last = [run.summary["frontier"][-1] for run in method.runs]
-    nonzero = [point["nonzero"] for point in last if "nonzero" in point]
     gain, kl = t_interval([point["gain"] for point in last]), t_interval([point["kl_exact"] for point in last])
     cost = costs(method)
     return {
@@ -244,7 +243,7 @@ def facts_of(method: Method) -> dict[str, Any]:
         "runs": [str(run.path) for run in method.runs],
         "seeds": [run.settings.get("seed") for run in method.runs],
         "trainable_parameters": method.runs[0].summary["trainable_parameters"],
-        "nonzero": sum(nonzero) / len(nonzero) if nonzero else None,
+        **{key: mean_of([point.get(key) for point in last]) for key in ("changed", "nonzero")},
         "gain": gain.mean,
         "gain_half": gain.half,
         "kl": kl.mean,

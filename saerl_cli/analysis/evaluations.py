@@ -186,7 +186,7 @@ def load_final(path: Path) -> Evaluation:
     settings = flat(Run(path).settings)
     own = EvaluateConfig(policy=str(path), evaluation=trained.evaluation, seed=trained.seed)
     prompts = json.dumps({k: v for k, v in settings.items() if k.startswith(OF_PROMPTS)}, sort_keys=True)
-    point = {key: numbers[key] for key in (*FINAL[3:], "nonzero") if key in numbers} | {
+    point = {key: numbers[key] for key in (*FINAL[3:], "changed", "nonzero") if key in numbers} | {
         "step": numbers.get("steps", 0),
         "reward": numbers["reward_after"],
         "gain": numbers["reward_after"] - numbers["reward_before"],

@@ -8,6 +8,11 @@ from saerl_cli.config.settings import check_settings, setting
 
 COEFFICIENTS = ("sparse_coeffs", "random_dictionary")
 """The adapters that put coefficients on the features of a dictionary."""
+MOVED = 1e-3
+"""A coefficient has moved where |delta| = |c - 1| exceeds this: the one meaning of the word in every number, table and
+page. Being exactly untouched (`nonzero` counts the others) tells little, since Adam shifts every coefficient that ever
+had a gradient by up to the learning rate; a change of a thousandth of what a feature writes is below anything that
+reward or KL show, and a larger bound would hide features that write much."""
 
 
 class Splice(Enum):

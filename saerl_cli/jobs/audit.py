@@ -83,7 +83,7 @@ def work(config: AuditConfig, run: Run, accelerator: Any) -> float:
     for line in finding(numbers):
         say(line)
     run.summary({**headline(numbers), "seconds": round(time.monotonic() - start, 1)})
-    return float((numbers["needed"]["90"] or {"n": numbers["features"]["moved"]})["n"])
+    return float((numbers["needed"]["90"] or {"n": numbers["features"]["touched"]})["n"])
 
 
 def leave_beside(policy: Path, numbers: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ COLUMNS = (
     ("seeds", "runs", "{}"),
     ("measured", "measured", "{}"),
     ("trainable", "trainable_parameters", "{:,}"),
-    ("nonzero", "nonzero", "{:,.0f}"),
+    ("moved", "changed", "{:,.0f}"),
     ("KL, nats", "kl", "{:g}"),
     ("gain", "gain", "{:.3f}"),
     ("minus baseline", "difference", "{:+.3f}"),
@@ -34,7 +34,7 @@ COLUMNS = (
 COSTS = (
     ("method", "method", "{}"),
     ("trainable", "trainable_parameters", "{:,}"),
-    ("nonzero", "nonzero", "{:,.0f}"),
+    ("moved", "changed", "{:,.0f}"),
     ("seconds", "seconds", "{:.0f}"),
     ("peak memory, MiB", "peak_memory_mib", "{:,.0f}"),
     ("final gain", "gain", "{:.3f}"),
@@ -49,27 +49,27 @@ def write_comparison(folder: Path, methods: Sequence[Method], numbers: dict[str,
     means = {drawn_name(method): mean for method in methods if (mean := mean_curve(method))}
     write_frontier(folder, "figure", paths, means, numbers)
     figures.write_csv(folder / "table.csv", numbers["table"])
-    keys = [key for _, key, _ in COSTS[1:]]
+    keys = [*(key for _, key, _ in COSTS[1:]), "nonzero"]
     costs = [{"method": name, **{key: fact.get(key) for key in keys}} for name, fact in numbers["methods"].items()]
     figures.write_csv(folder / "costs.csv", costs)
     write_sparsity(folder, methods)
 
 
 def write_sparsity(folder: Path, methods: Sequence[Method]) -> None:
-    """Gain against the number of coefficients that are not exactly untouched, of every policy that has any."""
+    """Write the gain against the number of coefficients that moved, of every policy that has any."""
     points = [
-        {"method": method.name, "seed": run.settings.get("seed"), **{key: p[key] for key in SPARSITY}}
+        {"method": method.name, "seed": run.settings.get("seed"), **{key: p.get(key) for key in SPARSITY}}
         for method in methods
         for run in method.runs
         for p in run.summary["frontier"]
-        if p.get("nonzero")
+        if p.get("changed")
     ]
     if points:
         figures.save(figures.sparsity(points), folder / "sparsity")
         figures.write_csv(folder / "sparsity.csv", points)
 
 
-SPARSITY = ("step", "nonzero", "gain", "gain_se", "kl_exact", "kl_exact_se")
+SPARSITY = ("step", "changed", "nonzero", "gain", "gain_se", "kl_exact", "kl_exact_se")
 """What is written of a policy beside the sparsity figure."""
 
 

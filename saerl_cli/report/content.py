@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saerl_cli.analysis.behaviour import gold_parts, one_feature, proxy_and_gold
+from saerl_cli.config.adapter import MOVED
 from saerl_cli.report.collect import MEASURED, POLICY, Found, owner
 from saerl_cli.rl.evaluation.behaviour import BEATEN, REWARD_ALONE, beaten, constants, warnings_of
 
@@ -71,8 +72,8 @@ METRICS = {
     "explained_variance": ("explained variance", "of the returns, by the value head"),
     "value_loss": ("value loss", ""),
     "grad_norm": ("gradient norm", "of the trained parameters"),
-    "nonzero": ("nonzero coefficients", ""),
-    "changed": ("changed coefficients", "|delta| > 0.001"),
+    "nonzero": ("coefficients not exactly 1", ""),
+    "changed": ("moved coefficients", f"|c - 1| > {MOVED:g}"),
     "delta_norm": ("norm of delta", "over all coefficients"),
     "delta_max": ("largest |delta|", ""),
     "lr": ("learning rate", ""),
@@ -345,7 +346,7 @@ def features_of(run: Found) -> dict[str, Any] | None:
         "delta": [number(delta) for _, _, delta in rows],
         "cards": [cleaned(f) for f in listed],
         "total": total,
-        "moved": sum(abs(delta) > 0.1 for values in deltas.values() for delta in values),
+        "moved": sum(abs(delta) > MOVED for values in deltas.values() for delta in values),
     }
 
 

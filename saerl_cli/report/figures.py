@@ -339,10 +339,10 @@ def bars(panel: Any, names: Sequence[str], values: Sequence[float], errors: Sequ
 
 @styled
 def sparsity(points: Sequence[dict[str, Any]]) -> Figure:
-    """Gain against the number of coefficients that are not untouched: a colour a method, a point a policy.
+    """Draw the gain against the number of coefficients that moved: a colour a method, a point a policy.
 
     Args:
-        points: {method, nonzero, gain, kl_exact}; the larger the KL, the larger the point.
+        points: {method, changed, gain, kl_exact}; the larger the KL, the larger the point.
     """
     figure = Figure(figsize=(5.8, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -350,10 +350,10 @@ def sparsity(points: Sequence[dict[str, Any]]) -> Figure:
     for colour, method in zip(cycle(), dict.fromkeys(point["method"] for point in points), strict=False):
         own = [point for point in points if point["method"] == method]
         sizes = [10 + 50 * max(point["kl_exact"], 0) / most for point in own]
-        counts, gains = [point["nonzero"] for point in own], [point["gain"] for point in own]
+        counts, gains = [point["changed"] for point in own], [point["gain"] for point in own]
         axes.scatter(counts, gains, s=sizes, color=colour, alpha=0.7, lw=0, label=method)
-    axes.set(xlabel="coefficients away from untouched (area: KL)", ylabel="reward gain", xscale="log")
-    log_axis(axes.xaxis, [point["nonzero"] for point in points])
+    axes.set(xlabel="coefficients that moved (area: KL)", ylabel="reward gain", xscale="log")
+    log_axis(axes.xaxis, [point["changed"] for point in points])
     legend_outside(figure, [axes])
     return figure
 

@@ -4,10 +4,9 @@ import resource
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saerl_cli.activations import capture, special_ids, text_mask
-from saerl_cli.adapter import deltas
+from saerl_cli.adapter import deltas, effects, moved
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
 from saerl_cli.rl.build import Parts
@@ -21,10 +20,8 @@ from saerl_cli.rl.training.base import PhasedTrainer
 from saerl_cli.sae.describe import top_tokens
 from saerl_cli.sae.files import load_sae
 
-CHANGED = 1e-3
-"""A coefficient with |delta| above this counts as changed."""
 TOP_FEATURES = 20
-"""Most moved features in summary.json."""
+"""Features in summary.json, those whose coefficients write most."""
 LABEL_ROWS = 64
 """Held-out rows that name a feature by the token it fires on."""
 
@@ -89,16 +86,20 @@ def coefficient_statistics(model: Any) -> dict[str, float]:
     delta = torch.cat(list(found.values()))
     return {
         "nonzero": int((delta != 0).sum()),
-        "changed": int((delta.abs() > CHANGED).sum()),
+        "changed": int(moved(delta).sum()),
         "delta_max": delta.abs().max().item(),
         "delta_norm": delta.norm().item(),
     }
 
 
+@torch.no_grad()
 def top_features(parts: Parts, policy: Policy) -> list[dict[str, Any]]:
-    """The most moved features, each labelled with the token it fires most on in held-out text; "" if it never does."""
-    moved = most_moved(deltas(policy.model), TOP_FEATURES)
-    if not moved:
+    """List the features that moved, by effect, each labelled with the token it fires most on ("" if it never does).
+
+    Effects and labels are those of the untouched model on held-out text.
+    """
+    found = deltas(policy.model)
+    if not any(bool(moved(delta).any()) for delta in found.values()):
         return []
     tokenizer, rows = parts.loaded.tokenizer, parts.heldout_rows[:LABEL_ROWS]
     sites = resolve_sites(list(parts.saes), parts.loaded.model)
@@ -106,25 +107,17 @@ def top_features(parts: Parts, policy: Policy) -> list[dict[str, Any]]:
         base = policy.model.get_base_model()
         activations = capture(base, sites, rows.to(base.device))
     text = text_mask(rows, special_ids(tokenizer))  # [n, context]
-    labels: dict[tuple[str, int], str] = {}
+    listed = []
     for site in sites:
-        features = [feature for name, feature, _ in moved if name == site.name]
-        x = activations[site.name].cpu()[text]  # [tokens, width]
-        tokens = top_tokens(load_sae(parts.saes[site.name]), x, rows[text], 1, features)
-        names = [tokenizer.decode(ids).strip() for ids in tokens]
-        labels |= {(site.name, feature): name for feature, name in zip(features, names, strict=True)}
-    return [{"site": s, "feature": feature, "delta": d, "label": labels[s, feature]} for s, feature, d in moved]
-
-
-def most_moved(found: dict[str, Tensor], count: int) -> list[tuple[str, int, float]]:
-    """Site, feature and delta of the largest |delta| over all sites; untouched ones are left out."""
-    entries = [
-        (site, int(feature), float(delta[feature]))
-        for site, delta in found.items()
-        for feature in delta.abs().topk(min(count, len(delta))).indices
-        if delta[feature] != 0
-    ]
-    return sorted(entries, key=lambda entry: -abs(entry[2]))[:count]
+        sae, delta = load_sae(parts.saes[site.name]), found[site.name]
+        f = sae.encode(activations[site.name].cpu()[text].to(sae.W_enc.dtype))  # [tokens, d_sae]
+        effect = torch.where(moved(delta), effects(delta, f.mean(0), sae.W_dec), -1.0)
+        best = effect.topk(min(TOP_FEATURES, len(effect))).indices.tolist()
+        features = [i for i in best if effect[i] >= 0]
+        for i, tokens in zip(features, top_tokens(f[:, features], rows[text], 1), strict=True):
+            row = {"site": site.name, "feature": i, "delta": float(delta[i]), "effect": float(effect[i])}
+            listed.append(row | {"label": tokenizer.decode(tokens).strip()})
+    return sorted(listed, key=lambda row: -row["effect"])[:TOP_FEATURES]
 
 
 def peak_memory() -> int:

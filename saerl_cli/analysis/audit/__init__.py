@@ -7,7 +7,7 @@ RUN/audit.json (`saerl audit`) holds, with `X_se` the standard error of X:
 
     version         1
     policy, adapter, splice, seed, prompts          what was audited, with so many prompts
-    features        {total, moved}                  coefficients, and those not exactly untouched
+    features        {total, touched, moved}         coefficients, those not exactly 1, those that moved (`MOVED`)
     gain            {reward_reference (over several draws), reward, gain (`Gain.over`), kl, loss_reference, loss,
                     loss_increase, …_se}
     completeness    {attributed, attributed_se, difference, difference_se}   sum of all attributions, and minus the gain

@@ -15,7 +15,7 @@ from torch import Tensor
 from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.adapter.coefficients import site_layers
 from saerl_cli.adapter.layer import SparseCoeffLayer
-from saerl_cli.analysis.attribution import AT_ONCE, Moved
+from saerl_cli.analysis.attribution import AT_ONCE, Coefficients
 from saerl_cli.analysis.audit.variants import ratio
 from saerl_cli.analysis.features import f1_scores, final_norm, to_residual
 from saerl_cli.analysis.features.attributes import truth_of
@@ -84,7 +84,7 @@ class Firing:
 
 
 @torch.no_grad()
-def firing(policy: Policy, coefficients: Moved, rows: Tensor) -> Firing:
+def firing(policy: Policy, coefficients: Coefficients, rows: Tensor) -> Firing:
     """Activations of the features that moved on packed held-out rows [rows, context]."""
     text = text_mask(rows, special_ids(policy.tokenizer))
     layers = site_layers(policy.model)
@@ -236,7 +236,7 @@ def attributes_of(found: Firing, tokenizer: Any, at_once: int = 1024) -> list[tu
 
 
 @torch.no_grad()
-def writes(policy: Policy, coefficients: Moved, tokens: Sequence[int]) -> Tensor:
+def writes(policy: Policy, coefficients: Coefficients, tokens: Sequence[int]) -> Tensor:
     """Mean direct effect of each feature's direction on the logits of some tokens, in deviations over the vocabulary.
 
     The effect of a direction d on the logits is U d, up to the final norm's scale (`saerl_cli.analysis.features`); with

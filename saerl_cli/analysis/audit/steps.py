@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerl_cli.analysis.attribution import Moved, attribute, moved, scaled
+from saerl_cli.adapter import moved
+from saerl_cli.analysis.attribution import Coefficients, attribute, scaled, touched
 from saerl_cli.analysis.audit import VERSION, classify
 from saerl_cli.analysis.audit.agreement import spearman, top_overlap
 from saerl_cli.analysis.audit.curves import (
@@ -59,7 +60,7 @@ class Setting:
 
     config: AuditConfig
     bench: Bench
-    coefficients: Moved
+    coefficients: Coefficients
     variants: Variants
     attributions: Tensor
     """[prompts, F], on prompts and samples that nothing else uses."""
@@ -83,7 +84,7 @@ def prepare(config: AuditConfig, run: Run, device: Any) -> Setting:
     evaluating = EvaluateConfig(policy=config.policy, evaluation=twice, launch=config.launch, seed=config.seed)
     bench = build_bench(evaluating, device)
     record_inputs(evaluating, run)
-    coefficients = moved(bench.policy.model)
+    coefficients = touched(bench.policy.model)
     say(f"ranking {len(coefficients):,} features by the reward's gradient at {config.alphas} points")
     attributions = ranked(config, bench, coefficients, samples)
     variants = Variants(
@@ -106,7 +107,11 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
         "splice": trained.adapter.splice.value,
         "seed": config.seed,
         "prompts": config.evaluation.samples,
-        "features": {"total": sum(coefficients.sizes), "moved": len(coefficients)},
+        "features": {
+            "total": sum(coefficients.sizes),
+            "touched": len(coefficients),
+            "moved": int(moved(coefficients.delta).sum()),
+        },
     }
     gain, numbers["gain"] = gained(setting)
     numbers["completeness"] = completeness(setting, gain)
@@ -124,7 +129,10 @@ def headline(numbers: Numbers) -> Numbers:
     """The numbers of summary.json."""
     gain, side = numbers["gain"], numbers["side_effects"]
     found: Numbers = {key: gain[key] for key in ("gain", "gain_se", "kl", "kl_se", "loss_increase", "loss_increase_se")}
-    found |= {"features": numbers["features"]["total"], "moved": numbers["features"]["moved"]}
+    found |= {
+        "features": numbers["features"]["total"],
+        **{key: numbers["features"][key] for key in ("touched", "moved")},
+    }
     found |= {f"n{percent}": entry and entry["n"] for percent, entry in numbers["needed"].items()}
     ninety = numbers["needed"]["90"] or {}
     found |= {f"n90_{key}": ninety.get(key) for key in ("low", "high", "random", "random_se", "matched", "matched_se")}
@@ -138,7 +146,7 @@ def headline(numbers: Numbers) -> Numbers:
     return found | {key: numbers[key] for key in ("policy", "adapter", "completeness")}
 
 
-def ranked(config: AuditConfig, bench: Bench, coefficients: Moved, samples: int) -> Tensor:
+def ranked(config: AuditConfig, bench: Bench, coefficients: Coefficients, samples: int) -> Tensor:
     """Attributions of all features on the first prompts, mean over alphas: [prompts, F]."""
     prefixes = config.prefix_rewards
     if prefixes is None:

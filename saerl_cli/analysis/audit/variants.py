@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerl_cli.analysis.attribution import Moved, scaled
+from saerl_cli.analysis.attribution import Coefficients, scaled
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.evaluation.measure import Sampling, draw, generate, mean_and_error, token_losses
@@ -46,7 +46,7 @@ class Variants:
         prompts: Sequence[Prompt],
         rows: Tensor,
         how: Sampling,
-        coefficients: Moved,
+        coefficients: Coefficients,
         file: Path | None = None,
     ):
         """A policy, what to measure it with, and a jsonl file to keep results in."""

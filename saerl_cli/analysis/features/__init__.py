@@ -12,7 +12,7 @@ from saerl_cli.analysis.features.attributes import aurocs, f1_scores, input_side
 from saerl_cli.analysis.features.describe import Depth, describe_features, heldout_text
 from saerl_cli.analysis.features.directions import extreme_tokens, final_norm, logit_effect, nearest, to_residual
 from saerl_cli.analysis.features.labels import put_labels, read_labels, token_label
-from saerl_cli.analysis.features.moved import coefficient_paths, describe_run, features_file, most_moved
+from saerl_cli.analysis.features.moved import coefficient_paths, describe_run, features_file, strongest
 from saerl_cli.analysis.features.stream import Census, Source, Text, collect, take_census
 
 __all__ = [
@@ -32,11 +32,11 @@ __all__ = [
     "heldout_text",
     "input_side",
     "logit_effect",
-    "most_moved",
     "nearest",
     "output_side",
     "put_labels",
     "read_labels",
+    "strongest",
     "take_census",
     "to_residual",
     "token_label",

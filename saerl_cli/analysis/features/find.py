@@ -12,10 +12,10 @@ from saerl_cli.analysis.features.labels import as_file, put_labels, read_labels
 from saerl_cli.analysis.features.moved import (
     coefficient_paths,
     completions_text,
-    most_moved,
     put_deltas,
     put_heldout,
     put_samples,
+    strongest,
 )
 from saerl_cli.analysis.features.plan import Plan, plan_of
 from saerl_cli.analysis.features.stream import Census, Source, Text, take_census
@@ -132,12 +132,12 @@ def described(bench: Bench) -> list[dict[str, Any]]:
 
 
 def choose(bench: Bench) -> dict[str, list[int]]:
-    """Site -> features: those asked for; of a policy those that moved most; else those that write most at each site."""
+    """Choose features by site: those asked for; of a policy those that moved; those that write most first."""
     config, ids = bench.config, bench.plan.ids
     if ids is not None:
         return {site: sorted(ids[site]) for site in bench.sources if site in ids}
     if bench.plan.trained is not None:
-        return most_moved(bench.sources, bench.censuses, bench.deltas, config.count)
+        return strongest(bench.sources, bench.censuses, bench.deltas, config.count)
     chosen = {}
     for name, source in bench.sources.items():
         effect = bench.censuses[name].mean * source.sae.W_dec.norm(dim=-1)

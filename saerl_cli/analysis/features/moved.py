@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saerl_cli.activations import special_ids, text_mask
-from saerl_cli.adapter import SparseCoeffLayer
+from saerl_cli.adapter import SparseCoeffLayer, effects, moved
 from saerl_cli.adapter.files import check_adapter, module_of, read_deltas
 from saerl_cli.adapter.gates import gate
 from saerl_cli.analysis.features.describe import (
@@ -90,7 +90,7 @@ def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, 
         name: Source(loaded.model, sites[name], load_sae(adapter.find_sae(sites[name].module))) for name in deltas
     }
     censuses = {name: take_census(source, text) for name, source in sources.items()}
-    chosen = most_moved(sources, censuses, deltas, count)
+    chosen = strongest(sources, censuses, deltas, count)
     depth = Depth(contexts=3, quantiles=4, attributes=config.model.kind is ModelKind.planted)
     features = [
         one
@@ -111,18 +111,19 @@ def describe_run(run: Path, count: int = 40, tokens: int = 20_000) -> dict[str, 
 # --- coefficients ----------------------------------------------------------------------------------------------------
 
 
-def most_moved(
-    sources: Mapping[str, Source], censuses: Mapping[str, Census], deltas: Mapping[str, Tensor], count: int
+def strongest(
+    sources: Mapping[str, Source], censuses: Mapping[str, Census], found: Mapping[str, Tensor], count: int
 ) -> dict[str, list[int]]:
-    """The `count` features of all sites whose coefficients write most into the stream: |delta| * E[f] * |W_dec|."""
-    effects = []
+    """Choose the `count` features of all sites that moved and whose coefficients write most, by site."""
+    ranked: list[tuple[float, str, int]] = []
     for name, source in sources.items():
-        effect = (deltas[name].to(source.sae.W_dec).abs() * censuses[name].mean * source.sae.W_dec.norm(dim=-1)).cpu()
+        delta, mean = found[name], censuses[name].mean
+        effect = torch.where(moved(delta), effects(delta, mean, source.sae.W_dec).cpu(), -1.0)
         best = effect.topk(min(count, len(effect)))
-        effects += [(value, name, i) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    effects = [entry for entry in effects if deltas[entry[1]][entry[2]] != 0]
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ranked += [(value, name, i) for value, i in pairs if value >= 0]
     chosen: dict[str, list[int]] = {}
-    for _, name, i in sorted(effects, key=lambda entry: -entry[0])[:count]:
+    for _, name, i in sorted(ranked, key=lambda entry: -entry[0])[:count]:
         chosen.setdefault(name, []).append(i)
     return chosen
 

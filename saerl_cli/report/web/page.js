@@ -249,7 +249,7 @@ function featuresOf(part) {
   let page = [];
   const shown = table({
     name: "Features",
-    caption: `${format(part.total, "int")} coefficients, ${format(part.moved, "int")} moved by more than 0.1; ${format(part.site.length, "int")} not exactly untouched are listed, ${described} of them described.`,
+    caption: `${format(part.total, "int")} coefficients, ${format(part.moved, "int")} moved (c is further from 1 than 0.001); ${format(part.site.length, "int")} not exactly untouched are listed, ${described} of them described.`,
     columns: [
       { label: "feature", get: (i) => part.site[i] * 1e9 + part.feature[i], cell: (i) => (card(i) ? el("button", { type: "button", class: "link", "aria-label": `Card of ${name(i)}`, click: () => open(i) }, name(i)) : name(i)) },
       { label: "c", form: "number", help: "The coefficient, 1 + delta: 1 is untouched, 0 switches the feature off", get: (i) => 1 + part.delta[i] },
