@@ -332,7 +332,7 @@ def test_names_cannot_break_the_page_or_the_figures(run, tmp_path):
 
 
 def test_columns_are_aligned():
-    lines = text.aligned([["SAE", "site", "kind", "L0"], ["a", "mlp_out.1", "topk", "8.0 ± 0.1"]]).splitlines()
+    lines = text.aligned([["SAE", "site", "kind", "L0"], ["a", "mlp_out.1", "topk", "8.0 ± 0.1"]], words=3).splitlines()
     assert lines == ["SAE  site       kind         L0", "a    mlp_out.1  topk  8.0 ± 0.1"]
     assert text.cell({"l0": 8.04, "l0_se": 0.11}, "l0", "{:.1f}") == "8.0 ± 0.1"
     assert text.cell({"dead": 0.25}, "dead", "{:.1%}") == "25.0%"

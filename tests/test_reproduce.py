@@ -18,11 +18,12 @@ from hydra import compose, initialize_config_dir
 from saerl_cli.config import typed
 from saerl_cli.config.pipeline import ExpectConfig, PipelineConfig, StageConfig, load_pipeline
 from saerl_cli.reproduce import devices, engine, places, verdict
-from saerl_cli.reproduce.plan import Task, expected_seconds, known_pipelines, tasks_of
+from saerl_cli.reproduce.expected import expected_seconds
 from saerl_cli.run import cluster, lock
 from saerl_cli.run.configs import conf_dir, register_schema
 from saerl_cli.run.files import write_json
 from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.pipeline import Task, known_pipelines, tasks_of
 from saerl_cli.run.words import expand_sites, split_words
 
 PIPELINES = known_pipelines()
@@ -456,7 +457,7 @@ def test_a_dry_run_shows_commands_time_and_memory_and_writes_nothing(saerl, empt
 def test_what_a_card_does_not_state_is_planned_with_the_saes_that_an_earlier_stage_makes(monkeypatch):
     """Each plan is made once, whatever the seed; what cannot be planned stays unknown."""
     from saerl_cli.plan import command as planning
-    from saerl_cli.reproduce.expected import costs_of
+    from saerl_cli.reproduce.expected import costs_of, expected_seconds
 
     monkeypatch.setattr("saerl_cli.run.launch.gpus", lambda: 0)
     asked = []

@@ -9,7 +9,7 @@ from conftest import TINY_PLANTED
 
 from saerl_cli.config.pipeline import load_pipeline
 from saerl_cli.reproduce import verdict
-from saerl_cli.reproduce.plan import known_pipelines, tasks_of
+from saerl_cli.run.pipeline import known_pipelines, tasks_of
 
 pytest.importorskip("snakemake", reason="needs the extra reproduce")
 pytestmark = pytest.mark.slow

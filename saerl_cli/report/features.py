@@ -9,12 +9,10 @@ from math import log1p
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from saerl_cli.analysis.features.find import Found
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.report import figures
-from saerl_cli.report.saes import style
+from saerl_cli.report.html import render
 from saerl_cli.report.text import aligned
 from saerl_cli.run.directory import versions
 from saerl_cli.run.files import write_text
@@ -118,15 +116,14 @@ def notes(found: Found) -> list[str]:
 
 def page(found: Found, config: FeaturesConfig) -> str:
     """features.html; everything that a model or a text wrote is escaped by the template."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     shown = found.features[:MOST_CARDS]
     tokens = next(iter(found.sites.values()))["tokens"]
     everything = sum(about["d_sae"] for about in found.sites.values())
     lead = f"{len(found.features):,} features of {everything:,}, on {tokens:,} held-out tokens read by"
     lead += f" {found.inputs['model']['name']}."
-    return environment.get_template("features.html").render(
+    return render(
+        "features.html",
         title=f"Features that {Path(config.policy).name} moved" if config.policy else "Features",
-        style=style(),
         lead=lead,
         notes=notes(found),
         left_out=len(found.features) - len(shown),

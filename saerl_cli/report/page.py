@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from saerl_cli.report.collect import Found, collect
 from saerl_cli.report.content import DETECTORS, FEW, content
+from saerl_cli.report.html import WEB, render
 from saerl_cli.report.panels import frontiers
 from saerl_cli.run.directory import shown
 from saerl_cli.run.files import write_text
 
-WEB = Path(__file__).parent / "web"
 SCRIPTS = ("tables.js", "charts.js", "page.js")
 """In the order in which they need each other."""
 
@@ -50,10 +48,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 def page(data: dict[str, Any]) -> str:
     """The page as text. What a model wrote is in the JSON only, whose `<` cannot end the script that holds it."""
-    environment = Environment(loader=FileSystemLoader(WEB), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    parts = {"css": (WEB / "page.css").read_text(), "js": "\n".join((WEB / name).read_text() for name in SCRIPTS)}
-    text = environment.get_template("page.html").render(**data, **parts, json=embedded(data))
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair, which a tokenizer may give
+    scripts = "\n".join((WEB / name).read_text("utf-8") for name in SCRIPTS)
+    return render("page.html", **data, js=scripts, json=embedded(data))
 
 
 def embedded(data: Any) -> str:

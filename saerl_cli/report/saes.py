@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from saerl_cli.config.eval_sae import EvalSaeConfig
 from saerl_cli.report import figures
+from saerl_cli.report.html import render
 from saerl_cli.report.text import aligned, cell
 from saerl_cli.run.directory import versions
 from saerl_cli.run.files import write_text
@@ -53,13 +52,12 @@ def write_results(found: Evaluated, folder: Path, config: EvalSaeConfig) -> None
     figures.write_csv(out / "l0_fvu.csv", points(everything, "fvu"))
     figures.write_csv(out / "l0_ce_recovered.csv", points(comparable(everything), "ce_recovered"))
     figures.write_csv(out / "density.csv", density_rows(found.saes))
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     shown = content(found, config) | {
         "fvu": figures.svg(drawn["l0_fvu"]),
         "recovered": figures.svg(drawn["l0_ce_recovered"]),
         "density": figures.svg(drawn["density"]),
     }
-    write_text(folder / "report.html", environment.get_template("saes.html").render(**shown))
+    write_text(folder / "report.html", render("saes.html", **shown))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -235,7 +233,6 @@ def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
     examples = probes.get("examples", {})
     return {
         "title": "What these SAEs are worth" if number > 1 else f"What the SAE {next(iter(found.saes))} is worth",
-        "style": style(),
         "lead": f"{number} SAE{'s' * (number > 1)} of {found.inputs['model']['name']} on {tokens:,} held-out tokens.",
         "warnings": warnings(found.saes, found.controls),
         "words": WORDS,
@@ -256,8 +253,3 @@ def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
         "model": f"Model: {found.inputs['model']['name']}, sha256 {found.inputs['model']['sha256'][:16]}.",
         "footer": f"Written by saerl {versions().get('saerl', '')} from summary.json of this folder.",
     }
-
-
-def style() -> str:
-    """The style sheet of pages without scripts: SAEs, features."""
-    return (Path(__file__).parent / "web" / "plain.css").read_text(encoding="utf-8")

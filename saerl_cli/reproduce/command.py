@@ -19,13 +19,13 @@ from rich.table import Table
 
 from saerl_cli.config.pipeline import PipelineConfig, load_pipeline
 from saerl_cli.reproduce import engine, verdict
-from saerl_cli.reproduce.expected import costs_of
+from saerl_cli.reproduce.expected import Cost, costs_of, expected_seconds, memory_gb
 from saerl_cli.reproduce.places import brought_down, refuse_missing
-from saerl_cli.reproduce.plan import Cost, Task, expected_seconds, known_pipelines, memory_gb, tasks_of
 from saerl_cli.run import lock
 from saerl_cli.run.directory import git_state, shown, versions
 from saerl_cli.run.files import write_json
 from saerl_cli.run.launch import cores
+from saerl_cli.run.pipeline import Task, known_pipelines, tasks_of
 from saerl_cli.run.progress import say
 
 SCALES = ("full", "small")

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.reproduce import devices
+from saerl_cli.reproduce.expected import cost_of
 from saerl_cli.reproduce.places import host_gb, refuse_too_few_gpus, refuse_too_small_cluster
-from saerl_cli.reproduce.plan import Task, cost_of
 from saerl_cli.run import launch, lock
 from saerl_cli.run.directory import shown
 from saerl_cli.run.files import read_json, write_json
+from saerl_cli.run.pipeline import Task
 from saerl_cli.run.progress import say
 
 SNAKEFILE = Path(__file__).with_name("Snakefile")

@@ -1,12 +1,26 @@
 """What the runs of an experiment are expected to take: as measured for its card, else as `saerl plan` says."""
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from saerl_cli.reproduce.plan import Cost, Task, cost_of
+from saerl_cli.run.pipeline import Task
 
+USUAL_GB = 1.0
+"""Peak memory of a run where nothing is stated."""
 LEFT_OUT = ("hydra.run.dir=", "seed=")
 """Words that change nothing about a plan."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task is expected to take."""
+
+    seconds: float | None
+    memory_gb: float
+    planned_for: str = ""
+    """The device of a plan; empty where time and memory were measured for the card."""
 
 
 def costs_of(tasks: Sequence[Task], small: bool = False) -> dict[str, Cost]:
@@ -53,3 +67,35 @@ def words_of_saes(task: Task, tasks: Mapping[str, Task]) -> list[str]:
     makers = [tasks[name] for name in task.needs if name in tasks and tasks[name].words[0] == "train-sae"]
     unmade = [maker for maker in makers if not Path(maker.folder).is_dir()]
     return planning_words(unmade[0])[1:] if unmade else []
+
+
+def cost_of(task: Task, small: bool = False) -> Cost:
+    """Time and memory of a task as its pipeline states them, from the card."""
+    return Cost(None if small else task.config.seconds, task.config.memory_gb or USUAL_GB)
+
+
+def expected_seconds(tasks: list[Task], jobs: int, expected: Mapping[str, Cost] | None = None) -> float | None:
+    """Expected wall time, s; None when a task's is not known.
+
+    Args:
+        tasks: each after those that it needs.
+        jobs: cores.
+        expected: cost by name of a task; what pipelines state when None.
+    """
+    costs = {task.name: (expected[task.name] if expected else cost_of(task)).seconds for task in tasks}
+    if any(seconds is None for seconds in costs.values()):
+        return None
+    ends: dict[str, float] = {}
+    slots = [0.0] * jobs
+    for task in tasks:  # in order, so that what a task needs has its end already
+        taken = [heapq.heappop(slots) for _ in range(min(task.config.threads, jobs))]
+        begin = max([*taken, *(ends[need] for need in task.needs if need in ends)])
+        ends[task.name] = begin + (costs[task.name] or 0.0)
+        for _ in taken:
+            heapq.heappush(slots, ends[task.name])
+    return max(ends.values(), default=0.0)
+
+
+def memory_gb(costs: Iterable[Cost], jobs: int) -> float:
+    """Peak memory if the largest tasks meet, GB."""
+    return sum(sorted((cost.memory_gb for cost in costs), reverse=True)[:jobs])

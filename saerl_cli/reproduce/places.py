@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from saerl_cli.config.pipeline import PipelineConfig
-from saerl_cli.reproduce.plan import Task, cost_of
+from saerl_cli.reproduce.expected import cost_of
 from saerl_cli.run import cluster, launch
 from saerl_cli.run.directory import shown
+from saerl_cli.run.pipeline import Task
 
 SMALL_GB = 4.0
 """Memory of a stage of the small scale, GB."""

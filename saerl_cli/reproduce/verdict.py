@@ -18,10 +18,10 @@ from typing import Any
 
 from saerl_cli.analysis.frontier import t_interval
 from saerl_cli.config.pipeline import ExpectConfig, PipelineConfig
-from saerl_cli.reproduce.plan import REFERENCE, Task
 from saerl_cli.run.configs import PACKAGE
 from saerl_cli.run.directory import git_state, versions
 from saerl_cli.run.files import read_json
+from saerl_cli.run.pipeline import REFERENCE, Task
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "numpy")
 """Those that numbers depend on."""

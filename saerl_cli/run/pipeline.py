@@ -1,23 +1,19 @@
-"""From a pipeline to the runs it stands for: every stage for every value, its words, what it waits for, its cost."""
+"""From a pipeline to the runs it stands for: every stage for every value, its words, what it waits for."""
 
-import heapq
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saerl_cli.config.pipeline import PipelineConfig, StageConfig
-from saerl_cli.jobs.demo import SMALL_MODEL
 from saerl_cli.run.configs import conf_dir
 from saerl_cli.run.jobs import JOBS
 
 DONE = ".done"
 """Left in a run's directory when its command has ended well."""
-USUAL_GB = 1.0
-"""Peak memory of a run where nothing is stated."""
 REFERENCE = re.compile(r"\$\{([^}:]+)(?::([^}]*))?\}")
 SAFE = re.compile(r"[\w/.+@%-]+")
 """Paths that Hydra's grammar takes without quotes."""
@@ -34,7 +30,10 @@ SMALL: dict[str, list[str]] = {
     "audit": ["evaluation.samples=16", "evaluation.heldout_tokens=2_000", "top=2", "pairs=1", "draws=2", "alphas=2"],
 }
 """Words that bring a command down to seconds."""
-SMALL_PLANTED = [*SMALL_MODEL, "model.planted.layers=4"]
+SMALL_PLANTED = [
+    *("model.planted.documents=600", "model.planted.hidden_size=32", "model.planted.layers=4", "model.planted.heads=2"),
+    "model.planted.steps=60",
+]
 """The planted model of a small experiment: with the layers that the experiments name."""
 HAVE_MODELS = ("train-lm", "train-sae", "train-reward", "rlhf")
 """Commands with settings of the planted language model."""
@@ -68,16 +67,6 @@ class Task:
         return self.folder / DONE
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a task is expected to take."""
-
-    seconds: float | None
-    memory_gb: float
-    planned_for: str = ""
-    """The device of a plan; empty where time and memory were measured for the card."""
-
-
 # --- pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -86,14 +75,21 @@ def known_pipelines() -> dict[str, Path]:
     return {file.stem: file for file in sorted((conf_dir() / "pipeline").glob("*.yaml"))}
 
 
-def tasks_of(pipeline: PipelineConfig, out: Path, variables: Mapping[str, str], small: bool = False) -> list[Task]:
-    """Every run of an experiment, each after those that it needs.
+def tasks_of(
+    pipeline: PipelineConfig,
+    out: Path,
+    variables: Mapping[str, str],
+    small: bool = False,
+    place: Callable[[str, Values], str] | None = None,
+) -> list[Task]:
+    """List every run of an experiment, each after those that it needs.
 
     Args:
         pipeline: the experiment.
         out: folder of all runs, absolute.
         variables: what the pipeline's `variables` are.
         small: the size for tests.
+        place: stage and values -> name of a run and of its folder; `task_name` when None.
 
     Raises:
         ValueError: a reference to what does not exist, or stages in a circle.
@@ -102,7 +98,7 @@ def tasks_of(pipeline: PipelineConfig, out: Path, variables: Mapping[str, str], 
     tasks = {}
     for name in pipeline.stages:
         for values in points[name]:
-            task = task_of(pipeline, name, values, points, out, variables, small)
+            task = task_of(pipeline, name, values, points, out, variables, small, place or task_name)
             tasks[task.name] = task
     return in_order(tasks)
 
@@ -131,6 +127,7 @@ def task_of(
     out: Path,
     variables: Mapping[str, str],
     small: bool,
+    place: Callable[[str, Values], str],
 ) -> Task:
     """One run of a stage."""
     stage = pipeline.stages[name]
@@ -141,19 +138,22 @@ def task_of(
         raw += SMALL_PLANTED if stage.command in HAVE_MODELS and "model" not in pipeline.variables else []
         raw += pipeline.small.words.get(name, [])
     raw = last_of_each(raw) if hydra else raw
-    needs = {task_name(other, point) for other in stage.needs for point in agreeing(points[other], values)}
+    needs = {place(other, point) for other in stage.needs for point in agreeing(points[other], values)}
 
     def meant(reference: re.Match[str]) -> list[str]:
         """What a reference stands for: one or more texts."""
         key, chosen = reference[1], reference[2]
         if chosen is None and key in values:
             return [str(values[key])]
+        number, plus, more = key.partition("+")
+        if plus and number in values:
+            return [str(int(values[number]) + int(more))]
         if chosen is None and key in variables:
             return [quoted(variables[key]) if hydra else variables[key]]
         if key not in points:
             raise ValueError(f"stage {name}: ${{{key}}} is no value, variable or stage")
         fixed = dict(part.split("=", 1) for part in (chosen or "").split(",") if part)
-        found = [task_name(key, point) for point in agreeing(points[key], values | fixed)]
+        found = [place(key, point) for point in agreeing(points[key], values | fixed)]
         if not found:
             raise ValueError(f"stage {name}: {reference[0]} stands for no run of stage {key}")
         needs.update(found)
@@ -161,14 +161,14 @@ def task_of(
         return [quoted(folder) for folder in folders] if hydra else folders
 
     words = [word for template in raw for word in filled(template, meant, hydra)]
-    folder = out / task_name(name, values)
+    folder = out / place(name, values)
     if hydra:
         sets_threads = stage.command in LAUNCHED and not any(word.startswith("launch.threads=") for word in words)
         words += [f"launch.threads={stage.threads}"] if sets_threads else []
         words += [f"hydra.run.dir={quoted(str(folder))}"]
     else:
         words += ["--out", str(folder / "report.html")]
-    return Task(name, task_name(name, values), folder, [stage.command, *words], sorted(needs), values, stage)
+    return Task(name, place(name, values), folder, [stage.command, *words], sorted(needs), values, stage)
 
 
 def last_of_each(words: list[str]) -> list[str]:
@@ -231,38 +231,3 @@ def in_order(tasks: Mapping[str, Task]) -> list[Task]:
             raise ValueError(f"stages need each other: {', '.join(n for n in tasks if n not in placed)}")
         placed |= {task.name: task for task in ready}
     return list(placed.values())
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------
-
-
-def cost_of(task: Task, small: bool = False) -> Cost:
-    """Time and memory of a task as its pipeline states them, from the card."""
-    return Cost(None if small else task.config.seconds, task.config.memory_gb or USUAL_GB)
-
-
-def expected_seconds(tasks: list[Task], jobs: int, expected: Mapping[str, Cost] | None = None) -> float | None:
-    """Expected wall time, s; None when a task's is not known.
-
-    Args:
-        tasks: each after those that it needs.
-        jobs: cores.
-        expected: cost by name of a task; what pipelines state when None.
-    """
-    costs = {task.name: (expected[task.name] if expected else cost_of(task)).seconds for task in tasks}
-    if any(seconds is None for seconds in costs.values()):
-        return None
-    ends: dict[str, float] = {}
-    slots = [0.0] * jobs
-    for task in tasks:  # in order, so that what a task needs has its end already
-        taken = [heapq.heappop(slots) for _ in range(min(task.config.threads, jobs))]
-        begin = max([*taken, *(ends[need] for need in task.needs if need in ends)])
-        ends[task.name] = begin + (costs[task.name] or 0.0)
-        for _ in taken:
-            heapq.heappush(slots, ends[task.name])
-    return max(ends.values(), default=0.0)
-
-
-def memory_gb(costs: Iterable[Cost], jobs: int) -> float:
-    """Peak memory if the largest tasks meet, GB."""
-    return sum(sorted((cost.memory_gb for cost in costs), reverse=True)[:jobs])
