@@ -226,8 +226,9 @@ def in_order(tasks: Mapping[str, Task]) -> list[Task]:
     """
     placed: dict[str, Task] = {}
     while len(placed) < len(tasks):
-        ready = [t for name, t in tasks.items() if name not in placed and all(need in placed for need in t.needs)]
-        if not ready:
-            raise ValueError(f"stages need each other: {', '.join(n for n in tasks if n not in placed)}")
-        placed |= {task.name: task for task in ready}
+        waiting = [task for name, task in tasks.items() if name not in placed]
+        ready = next((task for task in waiting if all(need in placed for need in task.needs)), None)
+        if ready is None:
+            raise ValueError(f"stages need each other: {', '.join(task.name for task in waiting)}")
+        placed[ready.name] = ready
     return list(placed.values())
