@@ -184,11 +184,11 @@ def passes(folder: Path) -> dict:
         orders = ([full, low, full, low, low], [low, full, low])[rank]
         for number, run in enumerate(orders):
             run((first, second)[(number + rank) % 2])
-        shards.meet()
+        shards.barrier()
         if rank == 0:  # alone, the other one helps
             for run in (low, full, low):
                 run(second)
-        shards.meet()
+        shards.barrier()
         hook.remove()
         own = sum(p.to_local().numel() for p in first.parameters())
         found[family] = {

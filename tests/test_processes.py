@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
-from saerl_cli.run.processes import ALONE
+from saerl_cli.run.processes import ONE_PROCESS
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 saes, finished = test_rl_job.saes, test_rl_job.finished  # fixtures
@@ -229,6 +229,6 @@ def test_alone_nothing_is_exchanged():
     import torch
 
     tensor = torch.ones(2)
-    assert ALONE.total(tensor) is tensor
-    assert ALONE.told("x") == "x"
-    assert ALONE.by_batch(5, 2, lambda part: list(range(5))[part]) == [[0, 1], [2, 3], [4]]
+    assert ONE_PROCESS.all_reduce(tensor) is tensor
+    assert ONE_PROCESS.broadcast("x") == "x"
+    assert ONE_PROCESS.map_batches(5, 2, lambda part: list(range(5))[part]) == [[0, 1], [2, 3], [4]]

@@ -153,7 +153,7 @@ def test_accelerate_leaves_a_split_model_to_transformers():
 @pytest.mark.parametrize("got, asked", [(1, 2), (2, 1)])
 def test_a_wrong_world_size_is_an_error(got, asked):
     with pytest.raises(RuntimeError, match=f"num_processes={asked}, but {got}"):
-        worker.check_planted_size(got, asked)
+        worker.check_world_size(got, asked)
 
 
 # --- what a failure is called ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every architecture's gradients: those of an independent plain implementation, in both layouts, on two processes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import sae_oracles as oracles
@@ -9,8 +10,9 @@ from torch.nn.functional import normalize
 
 from saerl_cli.config.sae import Architecture, DecoderNorm, EncoderDtype, Kernel, Penalty, SaeConfig
 from saerl_cli.config.settings import suited
+from saerl_cli.run.processes import ONE_PROCESS
 from saerl_cli.sae.architectures import FORMS
-from saerl_cli.sae.architectures.common import Batch, Processes
+from saerl_cli.sae.architectures.common import Batch
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
 from saerl_cli.sae.selection import largest_per_token, likely, select_in_batch
 
@@ -88,9 +90,9 @@ def weight(config: SaeConfig) -> float:
     return config.l0 if config.architecture is Architecture.jumprelu else config.l1
 
 
-def computed(config: SaeConfig, p, x, y, dead, centre=None, processes=None, tokens=N):
+def computed(config: SaeConfig, p, x, y, dead, centre=None, group=ONE_PROCESS, tokens=N):
     origin = p["b_dec"] if centre is None else centre
-    batch = Batch(x - origin, y, tokens, dead, processes or Processes())
+    batch = Batch(x - origin, y, tokens, dead, group)
     outcome = FORMS[config.architecture](p, batch, config, weight(config))
     if centre is None:
         outcome.gradients["b_dec"] = outcome.gradients["b_dec"] - outcome.into_encoder @ p["encoder"]
@@ -195,7 +197,8 @@ def in_two(x, y, config, p, dead):
                 other = before[1 - rank]
                 return tensor + other[place] if place < len(other) else tensor
 
-            outcomes.append(computed(config, p, a, b, dead, processes=Processes(rank, 2, total)))
+            group = SimpleNamespace(rank=rank, world_size=2, all_reduce=total)
+            outcomes.append(computed(config, p, a, b, dead, group=group))
     return outcomes
 
 
@@ -221,7 +224,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch(n, shift):
     scores = torch.randn(n, 40, generator=g) + shift
     scores[1::7] += 4
     wanted = 3 * n
-    layout, cut = select_in_batch(scores, wanted, Processes())
+    layout, cut = select_in_batch(scores, wanted, ONE_PROCESS)
     positive = scores[scores > 0].sort(descending=True).values[:wanted]
     assert torch.equal(layout.take(scores).sort(descending=True).values, positive)
     assert cut == positive[-1]

@@ -22,7 +22,6 @@ from saerl_cli.config.sae import (
     SaeConfig,
 )
 from saerl_cli.config.settings import suited
-from saerl_cli.sae.architectures.common import Processes
 from saerl_cli.sae.loop import train_saes, training
 from saerl_cli.sae.train import SaeTrainer
 
@@ -524,7 +523,3 @@ def test_a_gradient_that_is_not_finite_names_the_step():
     trainer.p["decoder"].data[3] = float("inf")
     with pytest.raises(ValueError, match="step 3: the gradient of the SAE at SAE is nan; lower sae.lr"):
         trainer.step(data(1)[0])
-
-
-def test_processes_default_to_one():
-    assert (Processes().rank, Processes().size, Processes().total(torch.ones(2)).tolist()) == (0, 1, [1.0, 1.0])

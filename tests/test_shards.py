@@ -29,7 +29,7 @@ minutes = [pytest.mark.dist, pytest.mark.slow]
 def test_alone_everything_is_left_as_it_is():
     import torch
 
-    shards.meet()
+    shards.barrier()
     tensor = torch.arange(3.0)
     assert shards.whole(tensor).equal(tensor) and shards.own(tensor) is tensor and not shards.is_part(tensor)
     assert shards.split_as(tensor, torch.zeros(3)) is tensor

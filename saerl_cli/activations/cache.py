@@ -229,7 +229,7 @@ class Writer:
                     files[name].seek(int(before[first]) * x.shape[1] * x.element_size())
                     files[name].write(x.flatten().view(torch.uint8).numpy().data)
         totals = {name: {"sum": total.tolist(), "norm": lengths[name]} for name, total in sums.items()}
-        shards.meet()
+        shards.barrier()
         write_json(self.folder / f"sums.{rank}.json", totals)
 
     def _tokens(self, first: int, last: int) -> dict[str, Tensor]:

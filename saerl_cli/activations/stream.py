@@ -193,7 +193,7 @@ class ShuffledStream(ABC):
                 sums[name] += x.sum(dtype=torch.float64)  # finite numbers cannot overflow it
                 if self.outlier_norm:
                     kept[to] &= (norms(x) <= self._limits[name]).cpu()
-        shards.meet()
+        shards.barrier()
         for name, total in sums.items():
             if not total.isfinite():
                 raise ValueError(self._not_finite(name, index, places, data[name]))

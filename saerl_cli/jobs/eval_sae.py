@@ -14,7 +14,7 @@ from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import context_size, describe, known_sha256
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import write_safetensors
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import say
 from saerl_cli.sae.evaluate import check_place, control_settings, list_saes, settings
 from saerl_cli.sae.files import read_sae_config
@@ -50,7 +50,7 @@ def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
     from saerl_cli.sae.evaluate import evaluate
 
     start = time.monotonic()
-    found = evaluate(config, accelerator.device, Team(accelerator.process_index, accelerator.num_processes))
+    found = evaluate(config, accelerator.device, process_group())
     mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
     if not run.writes:
         return mean_fvu

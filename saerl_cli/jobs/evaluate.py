@@ -14,7 +14,7 @@ from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.evaluation.base import check_base
 from saerl_cli.rl.runs import policy_folder, run_config, snapshot_files
 from saerl_cli.run.directory import Run
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import say
 
 
@@ -42,7 +42,7 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     from saerl_cli.rl.evaluation.evaluate import evaluate
 
     start = time.monotonic()
-    found = evaluate(config, run, accelerator.device, Team(accelerator.process_index, accelerator.num_processes))
+    found = evaluate(config, run, accelerator.device, process_group())
     if not run.writes:
         return found.numbers["reward_after"]
     numbers, limits = found.numbers, limits_of(found.base)

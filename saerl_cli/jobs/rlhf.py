@@ -17,6 +17,7 @@ from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.adapters import adapter_of
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
+from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
@@ -104,13 +105,13 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     policy = policy_of(trainer, parts.loaded)
     record_inputs(parts, trainer)
     record_insertion(parts, trainer)
-    shards.meet()
+    shards.barrier()
     frozen = frozen_hashes(trainer)
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         run.truncate(-1)  # what an attempt that left no checkpoint has written
         sample_untouched(parts, policy)
-    shards.meet()
+    shards.barrier()
     calibrate(trainer, parts)
     train(trainer, parts, policy, checkpoint)
     refuse_moved(frozen, frozen_hashes(trainer), run)
@@ -123,8 +124,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
         for warning in numbers["warnings"]:
             say(f"WARNING: {warning}")
         result = objective(numbers, config.evaluation.kl_limit)
-    shards.meet()
-    accelerator.wait_for_everyone()
+    process_group().barrier()
     return result
 
 
@@ -171,7 +171,7 @@ def calibrate(trainer: "PhasedTrainer", parts: "Parts") -> None:
 
     if parts.config.reward.normalise is not Normalise.calibrate:
         return
-    trainer.accelerator.wait_for_everyone()  # until the first process has written it
+    process_group().barrier()  # until the first process has written it
     seen = parts.run.record["reward_spread"][TOTAL]
     if seen["std"] == 0:
         raise ValueError(
@@ -199,7 +199,7 @@ def train(trainer: "PhasedTrainer", parts: "Parts", policy: "Policy", checkpoint
             phase, step = int(metrics["phase"]), trainer.state.global_step
             looks = phase == phases or (every > 0 and phase % every == 0)
             seen = sample_policy(parts, policy, step) if run.writes and looks else {}
-            shards.meet()
+            shards.barrier()
             run.log(step, **metrics, **coefficient_statistics(policy.model), **seen)
             if phase in kept:
                 snapshots.save(run.path, step, trainer.trainable(), run.writes)

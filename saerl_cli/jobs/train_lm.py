@@ -11,7 +11,7 @@ from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.data.documents import read_documents, split_documents
 from saerl_cli.planted.cache import damage, measure, planted_folder, planted_model, save_model
 from saerl_cli.run.files import atomic_folder, read_json
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import ProcessGroup, process_group
 from saerl_cli.run.progress import say
 
 if TYPE_CHECKING:
@@ -56,18 +56,18 @@ def work(config: TrainLmConfig, run: "Run", accelerator: "Accelerator") -> float
 
     The first process alone writes, and knows the summary.
     """
-    team = Team(accelerator.process_index, accelerator.num_processes)
+    group = process_group()
     is_planted = config.data.kind is DataKind.planted
-    summary = planted(config, run, team) if is_planted else from_text(config, run, accelerator.device, team)
+    summary = planted(config, run, group) if is_planted else from_text(config, run, accelerator.device, group)
     run.summary(summary)
     return summary.get("loss_heldout", 0.0)
 
 
-def planted(config: TrainLmConfig, run: "Run", team: Team) -> dict[str, Any]:
+def planted(config: TrainLmConfig, run: "Run", group: ProcessGroup) -> dict[str, Any]:
     """RUN/model is a copy of the cached model, which is trained here if need be."""
     planted = config.model.planted
-    cached = team.told(damage(planted_folder(planted)) is None)
-    folder = planted_model(planted, run, config.log_every, config.checkpoint_every, team)
+    cached = group.broadcast(damage(planted_folder(planted)) is None)
+    folder = planted_model(planted, run, config.log_every, config.checkpoint_every, group)
     if not run.writes:
         return {}
     if cached:
@@ -81,7 +81,7 @@ def planted(config: TrainLmConfig, run: "Run", team: Team) -> dict[str, Any]:
     return {**summary, "cached": cached}
 
 
-def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dict[str, Any]:
+def from_text(config: TrainLmConfig, run: "Run", device: Any, group: ProcessGroup) -> dict[str, Any]:
     """RUN/model is a model of the text's words."""
     from saerl_cli.planted.tokenizer import build_tokenizer, frequent_words
     from saerl_cli.planted.train import train_model
@@ -92,12 +92,12 @@ def from_text(config: TrainLmConfig, run: "Run", device: Any, team: Team) -> dic
     words = frequent_words(build_tokenizer([]), training, VOCABULARY_LIMIT)
     tokenizer = build_tokenizer(words, planted.context_size)
     ids = [tokenizer(document)["input_ids"] for document in training]
-    settings = (run, config.log_every, config.checkpoint_every, device, team, config.launch.shards > 1)
+    settings = (run, config.log_every, config.checkpoint_every, device, group, config.launch.shards > 1)
     model = train_model(planted, ids, tokenizer, *settings)
     record = {
         "config": asdict(planted),
         "data": config.data.path,
-        **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer, team),
+        **measure(model, [tokenizer(document)["input_ids"] for document in heldout], tokenizer, group),
         "entropy": None,
         "seconds": round(time.monotonic() - start, 1),
     }

@@ -10,6 +10,7 @@ from saerl_cli.models import context_size, describe, locate
 from saerl_cli.rl.reward_model.rows import check_padding
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder
+from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def work(config: TrainRewardConfig, run: Run, accelerator: Any) -> float:
             run.summary(numbers)
             say(outcome(numbers))
             accuracy = numbers["accuracy"]
-        accelerator.wait_for_everyone()
+        process_group().barrier()
     return accuracy
 
 

@@ -14,7 +14,7 @@ from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.data.documents import row_length
 from saerl_cli.models import Loaded, context_size, describe
 from saerl_cli.run.files import read_json, write_json, write_safetensors
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import bar, say
 from saerl_cli.sae.check import check_length, check_planned
 from saerl_cli.sae.presets import conversion_line
@@ -50,7 +50,6 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
 
     from saerl_cli.activations import open_stream
     from saerl_cli.models import load_model
-    from saerl_cli.sae.architectures.common import Processes
     from saerl_cli.sae.loop import build_trainers, lower_precision
     from saerl_cli.sae.results import results
 
@@ -58,8 +57,8 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
     plans = plan(config, loaded.model)
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
     announce(run, loaded, plans)
-    team = Team(accelerator.process_index, accelerator.num_processes)
-    trainers = build_trainers(plans, accelerator.device, Processes(team.rank, team.size, team.total))
+    group = process_group()
+    trainers = build_trainers(plans, accelerator.device, group)
     place, seconds = resume(run, trainers)
     stream = open_stream(
         loaded,
@@ -69,18 +68,18 @@ def work(config: TrainSaeConfig, run: "Run", accelerator: "Accelerator") -> floa
         sites,
         config.sae.batch_size,
         config.seed,
-        team.rank,
-        team.size,
-        accelerator.wait_for_everyone,
+        group.rank,
+        group.world_size,
+        group.barrier,
         place,
     )
     try:
         with lower_precision(loaded.model, accelerator.autocast):
             seconds = train(config, run, plans, trainers, stream, seconds)
-        account(run, stream, team.total(torch.tensor(stream.dropped, device=accelerator.device)))
+        account(run, stream, group.all_reduce(torch.tensor(stream.dropped, device=accelerator.device)))
     finally:
         stream.close()
-    return results(config, run, accelerator.device, loaded, plans, trainers, seconds, team)
+    return results(config, run, accelerator.device, loaded, plans, trainers, seconds, group)
 
 
 def announce(run: "Run", loaded: Loaded, plans: list[Planned]) -> None:

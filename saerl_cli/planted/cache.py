@@ -19,7 +19,7 @@ from saerl_cli.planted.documents import planted_documents
 from saerl_cli.planted.language import VOCABULARY
 from saerl_cli.planted.shape import model_shape
 from saerl_cli.run.files import atomic_folder, read_json, sha256_file, write_json, write_safetensors
-from saerl_cli.run.processes import ALONE, Team
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.run.progress import say
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def planted_model(
     run: "Run | None" = None,
     log_every: int = 50,
     checkpoint_every: int = 200,
-    team: Team = ALONE,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> Path:
     """The folder of the planted model, as `from_pretrained` reads it; trained first if it is missing or damaged.
 
@@ -85,25 +85,25 @@ def planted_model(
         run: where losses and checkpoints of a training go.
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints.
-        team: the processes that wait for it. The first trains it alone, with `THREADS`, so that its bits do not
+        group: the processes that wait for it. The first trains it alone, with `THREADS`, so that its bits do not
             depend on who asks first.
 
     Raises:
         ValueError: the cache folder cannot be written.
     """
     folder = planted_folder(config)
-    if team.told(damage(folder)) is None:
+    if group.broadcast(damage(folder)) is None:
         return folder
-    with alone(folder) if team.rank == 0 else contextlib.nullcontext():
-        problem = team.told(damage(folder))  # another process may have trained it meanwhile
+    with alone(folder) if group.rank == 0 else contextlib.nullcontext():
+        problem = group.broadcast(damage(folder))  # another process may have trained it meanwhile
         if problem is not None:
             if folder.exists():
                 say(f"the cached model {folder} is damaged ({problem}); training it again")
             else:
                 say("training the planted language model, once; later runs find it in the cache")
-            if team.rank == 0:
+            if group.rank == 0:
                 train_planted(config, folder, run, log_every, checkpoint_every)
-            team.told(None)
+            group.broadcast(None)
     return folder
 
 
@@ -177,12 +177,15 @@ def train_planted(
 
 
 def measure(
-    model: "GPTNeoXForCausalLM", heldout: list[list[int]], tokenizer: "PreTrainedTokenizerFast", team: Team = ALONE
+    model: "GPTNeoXForCausalLM",
+    heldout: list[list[int]],
+    tokenizer: "PreTrainedTokenizerFast",
+    group: ProcessGroup = ONE_PROCESS,
 ) -> dict[str, Any]:
     """Number of parameters, and loss in nats per token on held-out documents."""
     from saerl_cli.planted.train import end_id, heldout_loss
 
-    loss = heldout_loss(model, heldout, end_id(tokenizer), team=team)
+    loss = heldout_loss(model, heldout, end_id(tokenizer), group=group)
     return {"parameters": model.num_parameters(), "loss_heldout": loss}
 
 

@@ -18,7 +18,7 @@ from saerl_cli.config.groups import PlantedConfig
 from saerl_cli.planted.shape import model_shape
 from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
-from saerl_cli.run.processes import ALONE, Team
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.run.progress import progress
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def train_model(
     log_every: int = 50,
     checkpoint_every: int = 200,
     device: torch.device | str = "cpu",
-    team: Team = ALONE,
+    group: ProcessGroup = ONE_PROCESS,
     split: bool = False,
 ) -> GPTNeoXForCausalLM:
     """A GPT-NeoX model trained from scratch to continue the documents.
@@ -55,15 +55,15 @@ def train_model(
         log_every: steps between two lines of metrics.jsonl.
         checkpoint_every: steps between two checkpoints.
         device: where to train.
-        team: the processes that share the rows of every batch; all end with the same weights.
+        group: the processes that share the rows of every batch; all end with the same weights.
         split: whether weights and AdamW's state are split over them meanwhile.
 
     Raises:
         ValueError: there is too little text for one row, or a row a process, or the loss is not finite.
     """
     rows = pack_rows(documents, config.context_size, end_id(tokenizer))
-    if len(rows) < team.size:
-        raise ValueError(f"the text fills {len(rows)} rows, fewer than launch.num_processes={team.size}")
+    if len(rows) < group.world_size:
+        raise ValueError(f"the text fills {len(rows)} rows, fewer than launch.num_processes={group.world_size}")
     model = new_model(config, len(tokenizer))
     model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     if split:
@@ -72,7 +72,7 @@ def train_model(
     start = resume(model, optimizer, run)
     for step in progress(range(start, config.steps), "language model"):
         batch = batch_of(rows, config, step).to(device)
-        loss = train_step(model, optimizer, batch, learning_rate(config, step), team)
+        loss = train_step(model, optimizer, batch, learning_rate(config, step), group)
         done = step + 1
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {done}; lower model.planted.lr={config.lr}")
@@ -170,24 +170,28 @@ def learning_rate(config: PlantedConfig, step: int) -> float:
 
 
 def train_step(
-    model: GPTNeoXForCausalLM, optimizer: torch.optim.Optimizer, batch: Tensor, lr: float, team: Team = ALONE
+    model: GPTNeoXForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    lr: float,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> float:
     """One step on `[batch, sequence]` tokens, every process on rows of its own; returns the loss in nats per token."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    own = batch[team.rank :: team.size]
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    own = batch[group.rank :: group.world_size]
     loss = next_token_loss(model, own, own, "mean") * (len(own) / len(batch))  # this process's part of the mean
     optimizer.zero_grad()
     if shards.is_split(model):
-        (loss * team.size).backward()  # FSDP2 takes the mean of all processes' gradients
+        (loss * group.world_size).backward()  # FSDP2 takes the mean of all processes' gradients
     else:
         loss.backward()
-    if team.size > 1 and not shards.is_split(model):
+    if group.world_size > 1 and not shards.is_split(model):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        vector_to_parameters(team.total(parameters_to_vector(gradients)), gradients)
+        vector_to_parameters(group.all_reduce(parameters_to_vector(gradients)), gradients)
     shards.clip(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
-    return team.total(loss.detach()).item()
+    return group.all_reduce(loss.detach()).item()
 
 
 def next_token_loss(model: GPTNeoXForCausalLM, tokens: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -200,7 +204,11 @@ def next_token_loss(model: GPTNeoXForCausalLM, tokens: Tensor, labels: Tensor, r
 
 @torch.no_grad()
 def heldout_loss(
-    model: GPTNeoXForCausalLM, documents: Sequence[list[int]], end: int, batch_size: int = 64, team: Team = ALONE
+    model: GPTNeoXForCausalLM,
+    documents: Sequence[list[int]],
+    end: int,
+    batch_size: int = 64,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> float:
     """Nats per token over the documents and their end tokens, each read after one end token.
 
@@ -211,7 +219,7 @@ def heldout_loss(
         documents: token ids without end tokens.
         end: id of the end token.
         batch_size: sequences read at once.
-        team: the processes that share the batches; all get the same number.
+        group: the processes that share the batches; all get the same number.
     """
     context_size = model.config.max_position_embeddings
     sequences = []
@@ -224,7 +232,7 @@ def heldout_loss(
         labels = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=IGNORED)  # [batch, longest]
         return next_token_loss(model, labels.clamp(min=0), labels, "sum").item()
 
-    total = sum(team.by_batch(len(sequences), batch_size, nats))
+    total = sum(group.map_batches(len(sequences), batch_size, nats))
     return total / sum(len(sequence) - 1 for sequence in sequences)
 
 

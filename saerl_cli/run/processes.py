@@ -1,4 +1,4 @@
-"""The processes of a job and what they tell each other; alone, everything is left as it is."""
+"""The processes of a job and what they tell each other; a process alone leaves everything as it is."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """All processes of a job, from the view of one of them. What one is asked, all must be asked."""
+class ProcessGroup:
+    """All processes of a job, from the view of one of them. What one calls, all must call."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
-    def total(self, tensor: "Tensor") -> "Tensor":
-        """The sum over all processes."""
-        if self.size == 1:
+    def all_reduce(self, tensor: "Tensor") -> "Tensor":
+        """Sum a tensor over all processes; the argument stays as it is."""
+        if self.world_size == 1:
             return tensor
         from torch import distributed
 
@@ -30,9 +30,9 @@ class Team:
         distributed.all_reduce(summed)
         return summed.to(tensor.device)
 
-    def told(self, value: T) -> T:
-        """What the first process says."""
-        if self.size == 1:
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value, anything that can be pickled."""
+        if self.world_size == 1:
             return value
         from torch import distributed
 
@@ -40,31 +40,50 @@ class Team:
         distributed.broadcast_object_list(box)
         return box[0]
 
-    def agree(self, tensors: "Sequence[Tensor]") -> None:
+    def broadcast_tensors(self, tensors: "Sequence[Tensor]") -> None:
         """Give every process the first one's numbers, in place."""
-        if self.size == 1:
+        if self.world_size == 1:
             return
         from torch import distributed
 
         for tensor in tensors:
             distributed.broadcast(tensor, 0)
 
-    def by_batch(self, count: int, batch_size: int, work: Callable[[slice], T]) -> list[T]:
-        """`work` of each batch of `count` items, in order: every process does its own batches, and all get all.
+    def barrier(self) -> None:
+        """Wait until all processes have come here, taking part in their passes through split models."""
+        if self.world_size == 1:
+            return
+        import torch
+        from torch import distributed
+
+        shards.barrier()
+        distributed.barrier(device_ids=[torch.cuda.current_device()] if distributed.get_backend() == "nccl" else None)
+
+    def map_batches(self, count: int, batch_size: int, work: Callable[[slice], T]) -> list[T]:
+        """Call `work` for each batch of `count` items, in order: every process does its own, and all get all.
 
         A batch is the same whatever the number of processes, so that its numbers are too.
         """
         batches = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        if self.size == 1:
+        if self.world_size == 1:
             return [work(batch) for batch in batches]
         from torch import distributed
 
-        own = {number: work(batches[number]) for number in range(self.rank, len(batches), self.size)}
-        shards.meet()
-        parts: list[Any] = [None] * self.size
+        own = {number: work(batches[number]) for number in range(self.rank, len(batches), self.world_size)}
+        shards.barrier()
+        parts: list[Any] = [None] * self.world_size
         distributed.all_gather_object(parts, own)
         found = {number: result for part in parts for number, result in part.items()}
         return [found[number] for number in range(len(batches))]
 
 
-ALONE = Team()
+ONE_PROCESS = ProcessGroup()
+
+
+def process_group() -> ProcessGroup:
+    """Find the processes of this job, once Accelerate has introduced them."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ONE_PROCESS
+    return ProcessGroup(distributed.get_rank(), distributed.get_world_size())

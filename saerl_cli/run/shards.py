@@ -3,9 +3,9 @@
 transformers loads such models with torch's FSDP2. In every forward pass each block's weights are gathered from all
 processes, so all must take part in a pass even where only some of them have work: when completions end after different
 numbers of tokens, when batches do not go round, while the first process looks at samples. That is what this file adds:
-before a pass the processes agree whose it is, and the others hand over their parts (`_follow`); `meet` ends a stretch
-of passes in which each process did its own. Blocks may be left out of a pass: those of a model's upper end, or what is
-not computed again.
+before a pass the processes agree whose it is, and the others hand over their parts (`_follow`); `barrier` ends a
+stretch of passes in which each process did its own. Blocks may be left out of a pass: those of a model's upper end, or
+what is not computed again.
 
 Parts are gathered into the very numbers that were split, so that what a frozen model computes is equal to the bit.
 """
@@ -110,8 +110,8 @@ def leave(model: Any) -> None:
 # --- passes ----------------------------------------------------------------------------------------------------------
 
 
-def meet() -> None:
-    """End a stretch in which processes made passes of their own: take part in the others' until all have come here."""
+def barrier() -> None:
+    """Take part in the passes of the other processes until all have come here; nothing where no model is split."""
     if _splits:
         while turn := _turn(NOTHING):
             _follow(turn)

@@ -64,7 +64,7 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
         log_with=[tracker.value for tracker in config.launch.trackers] or None,
         project_dir=folder,
     )
-    check_planted_size(accelerator.num_processes, config.launch.num_processes)
+    check_world_size(accelerator.num_processes, config.launch.num_processes)
     run = Run(folder, writes=rank == 0)
     if config.launch.trackers:
         track(accelerator, run)
@@ -83,7 +83,7 @@ def track(accelerator: Any, run: Run) -> None:
     run.mirror = accelerator.log
 
 
-def check_planted_size(got: int, asked: int) -> None:
+def check_world_size(got: int, asked: int) -> None:
     """Accelerate falls back to one process without a word in several cases; none may pass."""
     if got != asked:
         raise RuntimeError(f"launch.num_processes={asked}, but {got} process(es) found each other; write launch=one")

@@ -13,7 +13,7 @@ from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import Loaded, Site, resolve_sites
 from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
-from saerl_cli.run.processes import ALONE, Team
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import CONFIG_FILE, check_sae, provenance, read_sae_config
 from saerl_cli.sae.files.saelens import site_of
@@ -159,13 +159,13 @@ class Evaluated:
     """Share of the held-out tokens on which each feature fires, [d_sae] by name."""
 
 
-def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluated:
+def evaluate(config: EvalSaeConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> Evaluated:
     """Load the model and its SAEs and measure them.
 
     Args:
         config: what to measure.
         device: where.
-        team: the processes that share the held-out text. Stability and probes are left to the first of them.
+        group: the processes that share the held-out text. Stability and probes are left to the first of them.
 
     Raises:
         ValueError: what `check` could not see without loading the model.
@@ -189,16 +189,16 @@ def evaluate(config: EvalSaeConfig, device: Any, team: Team = ALONE) -> Evaluate
     rows = token_rows(documents(data, model, "heldout"), loaded.tokenizer, length)
     rows = first_rows(rows, special, config.eval_tokens)
     say(f"measuring {len(saes)} SAEs on {rows.numel()} held-out tokens")
-    own = shared_rows(rows, team)
-    metrics = evaluate_saes(loaded.model, sites, saes, own, special, team.total)
+    own = shared_rows(rows, group)
+    metrics = evaluate_saes(loaded.model, sites, saes, own, special, group.all_reduce)
     rates = {name: numbers.pop("firing_rate").float().cpu() for name, numbers in metrics.items()}
     controls = {}
     if config.controls:
         train = token_rows(documents(data, model, "train"), loaded.tokenizer, length)
-        controls = measured_controls(config, loaded.model, saes, sites, train, own, special, team)
-    first = team.rank == 0
+        controls = measured_controls(config, loaded.model, saes, sites, train, own, special, group)
+    first = group.rank == 0
     probed = probes(config, model, data, loaded, sites, saes, length) if first else {}
-    shards.meet()
+    shards.barrier()
     return Evaluated(
         saes={name: described(saes[name], sites) | metrics[name] for name in saes},
         controls=controls,
@@ -220,7 +220,7 @@ def measured_controls(
     train: "Tensor",
     rows: "Tensor",
     special: Sequence[int],
-    team: Team = ALONE,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> dict[str, dict[str, Any]]:
     """The metrics of `saerl_cli.sae.controls`, by NAME/CONTROL.
 
@@ -232,7 +232,7 @@ def measured_controls(
         train: training text as token ids, [rows, context_size].
         rows: held-out text, this process's.
         special: token ids to leave out.
-        team: the processes. All make the controls, and measure the first one's.
+        group: the processes. All make the controls, and measure the first one's.
     """
     from saerl_cli.sae import controls as make
     from saerl_cli.sae.metrics import evaluate_saes, place
@@ -256,8 +256,8 @@ def measured_controls(
     found = {}
     for kind, (network, made) in kinds.items():
         for sae in made.values():
-            team.agree(list(sae.state_dict().values()))
-        numbers = evaluate_saes(network, there, made, rows, special, team.total) if made else {}
+            group.broadcast_tensors(list(sae.state_dict().values()))
+        numbers = evaluate_saes(network, there, made, rows, special, group.all_reduce) if made else {}
         for name in made:
             what = {"control": kind, "of": name} | described(made[name], there)
             del numbers[name]["firing_rate"]

@@ -8,7 +8,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
-from saerl_cli.sae.architectures.common import Processes
+from saerl_cli.run.processes import ProcessGroup
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import open_sae
 from saerl_cli.sae.layout import Scratch
@@ -99,7 +99,7 @@ def train_saes(
 # --- of a run --------------------------------------------------------------------------------------------------------
 
 
-def build_trainers(plans: Sequence[Planned], device: Any, processes: Processes) -> dict[str, SaeTrainer]:
+def build_trainers(plans: Sequence[Planned], device: Any, group: ProcessGroup) -> dict[str, SaeTrainer]:
     """A trainer for every SAE of a run, by name."""
     scratch = Scratch()
     return {
@@ -107,7 +107,7 @@ def build_trainers(plans: Sequence[Planned], device: Any, processes: Processes) 
             p.site.width,
             p.config,
             device,
-            processes,
+            group,
             p.site.name,
             None if p.target is None else p.target.width,
             None if p.config.init_from is None else open_sae(p.config.init_from, p.site.name),

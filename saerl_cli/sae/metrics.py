@@ -34,7 +34,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from saerl_cli.activations import FORWARD_TOKENS, capture, text_mask
 from saerl_cli.models import Site, output_tensor, resolve_sites
 from saerl_cli.run import shards
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import ProcessGroup
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.jackknife import Reduce, Sums, alone, by_row, jackknife, joined, pooled
 
@@ -351,14 +351,14 @@ def first_rows(rows: Tensor, special: Sequence[int], tokens: int) -> Tensor:
     return rows[: int((before < tokens).sum()) + 1]
 
 
-def shared_rows(rows: Tensor, team: Team) -> Tensor:
+def shared_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
     """The rows of one process, [its rows, context_size]: whole chunks, so that what is measured in one stays the same.
 
     Args:
         rows: all, [rows, context_size].
-        team: the processes.
+        group: the processes.
     """
-    chunks = rows.split(max(1, FORWARD_TOKENS // rows.shape[1]))[team.rank :: team.size]
+    chunks = rows.split(max(1, FORWARD_TOKENS // rows.shape[1]))[group.rank :: group.world_size]
     return torch.cat(chunks) if chunks else rows[:0]
 
 
@@ -367,7 +367,7 @@ def _chunks(model: Any, rows: Tensor, special: Sequence[int], tokens: int) -> It
     device = model.get_input_embeddings().weight.device
     for chunk in rows.split(max(1, tokens // rows.shape[1])):
         yield chunk.to(device), text_mask(chunk, special).to(device)
-    shards.meet()
+    shards.barrier()
 
 
 # --- planted truth ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from saerl_cli.config.train_sae import TrainSaeConfig
 from saerl_cli.data.documents import documents, row_length
 from saerl_cli.models import Loaded
 from saerl_cli.run import shards
-from saerl_cli.run.processes import Team
+from saerl_cli.run.processes import ProcessGroup
 from saerl_cli.run.progress import say
 from saerl_cli.sae.files import hook_name, sae_sha256, save_sae
 from saerl_cli.sae.sweep import Planned
@@ -30,7 +30,7 @@ def results(
     plans: list[Planned],
     trainers: "dict[str, SaeTrainer]",
     seconds: float,
-    team: Team,
+    group: ProcessGroup,
 ) -> float:
     """Save and evaluate the trained SAEs; returns their mean FVU.
 
@@ -42,7 +42,7 @@ def results(
         plans: what was trained.
         trainers: by name.
         seconds: that training took.
-        team: the processes that share the held-out rows.
+        group: the processes that share the held-out rows.
     """
     from saerl_cli.activations import special_ids, token_rows
     from saerl_cli.sae.metrics import evaluate_saes, first_rows, shared_rows
@@ -53,9 +53,9 @@ def results(
     rows = first_rows(token_rows(texts, loaded.tokenizer, length), special, config.eval_tokens)
     say(f"evaluating on {rows.numel()} held-out tokens")
     sites = list({site.name: site for p in plans for site in (p.site, p.target) if site is not None}.values())
-    metrics = evaluate_saes(loaded.model, sites, saes, shared_rows(rows, team), special, team.total)
+    metrics = evaluate_saes(loaded.model, sites, saes, shared_rows(rows, group), special, group.all_reduce)
     attributes = _attributes(config, loaded, plans, saes, length) if run.writes else {}
-    shards.meet()
+    shards.barrier()
     summary, outputs = {}, {}
     for p in plans:
         numbers, sae, trainer = metrics[p.name], saes[p.name], trainers[p.name]

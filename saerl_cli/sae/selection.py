@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from saerl_cli.sae.architectures.common import Processes
+from saerl_cli.run.processes import ProcessGroup
 from saerl_cli.sae.layout import Sparse, full_precision, where
 
 SAMPLE_ROWS = 256
@@ -60,20 +60,20 @@ def _among_candidates(scores: Tensor, k: int) -> Tensor | None:
     return indices
 
 
-def select_in_batch(scores: Tensor, wanted: int, processes: Processes) -> tuple[Sparse, Tensor]:
+def select_in_batch(scores: Tensor, wanted: int, group: ProcessGroup) -> tuple[Sparse, Tensor]:
     """The pairs with the `wanted` largest positive scores over all processes, and the smallest score among them.
 
     Args:
         scores: [n, d_sae] of this process.
         wanted: pairs over all processes.
-        processes: who shares the batch.
+        group: the processes that share the batch.
     """
-    candidates, found = likely(scores, wanted if processes.size == 1 else None)
-    if processes.size > 1:
+    candidates, found = likely(scores, wanted if group.world_size == 1 else None)
+    if group.world_size > 1:
         largest = found.topk(min(wanted, len(found))).values
-        shares = largest.new_zeros(processes.size, wanted)
-        shares[processes.rank, : len(largest)] = largest
-        everyone = processes.total(shares).view(-1)
+        shares = largest.new_zeros(group.world_size, wanted)
+        shares[group.rank, : len(largest)] = largest
+        everyone = group.all_reduce(shares).view(-1)
     else:
         everyone = found
     everyone = everyone[everyone > 0]

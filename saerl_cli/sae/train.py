@@ -23,9 +23,10 @@ from saerl_cli.config.sae import (
     LrShape,
     SaeConfig,
 )
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.sae import dead as revival
 from saerl_cli.sae.architectures import FORMS
-from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, Processes, pre_activations
+from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, pre_activations
 from saerl_cli.sae.architectures.topk import select_in_batch
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.fold import check_shape, copy_start, folded
@@ -50,7 +51,7 @@ class SaeTrainer:
         d_in: width of the activations.
         config: settings; training takes `config.steps()` steps.
         device: where the parameters live.
-        processes: who shares each batch.
+        group: the processes that share each batch.
         name: used in error messages, and the site of the SAE that comes out.
         d_out: width of what a transcoder predicts; None for an autoencoder.
         start: an SAE to begin with.
@@ -62,13 +63,13 @@ class SaeTrainer:
         d_in: int,
         config: SaeConfig,
         device: torch.device | str = "cpu",
-        processes: Processes | None = None,
+        group: ProcessGroup = ONE_PROCESS,
         name: str = "SAE",
         d_out: int | None = None,
         start: SAE | None = None,
         scratch: Scratch | None = None,
     ):
-        self.config, self.name, self.processes = config, name, processes or Processes()
+        self.config, self.name, self.group = config, name, group
         self.scratch = scratch or Scratch()
         self.d_in, self.d_sae, self.d_out = d_in, config.width(d_in), d_out or d_in
         self.transcoder = d_out is not None
@@ -113,7 +114,7 @@ class SaeTrainer:
         Raises:
             ValueError: activations or gradients are NaN or infinite.
         """
-        total = int(self.processes.total(torch.tensor(len(x), device=x.device)))
+        total = int(self.group.all_reduce(torch.tensor(len(x), device=x.device)))
         if total == 0:
             raise ValueError(
                 f"step {self.step_number + 1}: no activation is left of the batch; raise activations.outlier_norm"
@@ -131,7 +132,7 @@ class SaeTrainer:
         lr = self.learning_rate()
         self.optimizer.step(lr)
         self._constrain()
-        self.firing.update(self.processes.total(outcome.fires), total)
+        self.firing.update(self.group.all_reduce(outcome.fires), total)
         self._control(outcome, total)
         metrics = None
         if measure:
@@ -145,17 +146,17 @@ class SaeTrainer:
 
     def _batch(self, x: Tensor, y: Tensor, total: int) -> Batch:
         centre = self.offset if self.transcoder else self.p["b_dec"]
-        return Batch(x - centre, y, total, self.firing.dead(), self.processes, self.scratch)
+        return Batch(x - centre, y, total, self.firing.dead(), self.group, self.scratch)
 
     def _begin(self, x: Tensor, y: Tensor, total: int) -> None:
         """Scale and centre from the first batch."""
         self.scale.copy_(self._scale(x, total))
         self.target_scale.copy_(self._scale(y, total) if self.transcoder else self.scale)
-        mean = self.processes.total(y.sum(0)) / total * self.target_scale
-        squares = self.processes.total((y * self.target_scale).square().sum()) / total
+        mean = self.group.all_reduce(y.sum(0)) / total * self.target_scale
+        squares = self.group.all_reduce((y * self.target_scale).square().sum()) / total
         self.variance.copy_(squares - mean.square().sum())
         if self.transcoder:
-            self.offset.copy_(self.processes.total(x.sum(0)) / total * self.scale)
+            self.offset.copy_(self.group.all_reduce(x.sum(0)) / total * self.scale)
         if self.start is not None:
             copy_start(self.start, self)
         elif self.config.centre is Centre.mean:
@@ -167,7 +168,7 @@ class SaeTrainer:
         if self.config.scale is InputScale.none:
             return torch.ones_like(self.scale)
         rms = self.config.scale is InputScale.rms
-        size = self.processes.total((x.square() if rms else x.norm(dim=-1)).sum()) / total
+        size = self.group.all_reduce((x.square() if rms else x.norm(dim=-1)).sum()) / total
         if not (size > 0 and size.isfinite()):
             raise ValueError(f"{self.name}: the activations of the first batch are all zero, NaN or infinite")
         return size.rsqrt() if rms else sqrt(x.shape[-1]) / size
@@ -176,7 +177,7 @@ class SaeTrainer:
         """Geometric median of all rows [n, d] (Weiszfeld's iteration)."""
         for _ in range(MEDIAN_ROUNDS):
             weights = 1 / (y - guess).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            guess = self.processes.total((y * weights).sum(0)) / self.processes.total(weights.sum())
+            guess = self.group.all_reduce((y * weights).sum(0)) / self.group.all_reduce(weights.sum())
         return guess
 
     def backward(self, batch: Batch, weight: float) -> Outcome:
@@ -193,7 +194,7 @@ class SaeTrainer:
         if self.config.tied:
             gradients["decoder"] = gradients["decoder"] + gradients["encoder"]
         for name, parameter in self.trainable().items():
-            parameter.grad = self.processes.total(gradients[name])
+            parameter.grad = self.group.all_reduce(gradients[name])
         if self.config.decoder_norm is DecoderNorm.unit:  # a step along a row would only be undone
             grad, rows = self.p["decoder"].grad, self.p["decoder"]
             assert grad is not None
@@ -220,7 +221,7 @@ class SaeTrainer:
         norm = self.p["decoder"].norm(dim=-1)
         batch = self._batch(x, x, total)
         scores = pre_activations(self.p, batch, self.config.encoder_dtype, norm)
-        return select_in_batch(scores, self.config.k * total, self.processes)[1]
+        return select_in_batch(scores, self.config.k * total, self.group)[1]
 
     # --- schedules ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +253,7 @@ class SaeTrainer:
         config = self.config
         if config.controller is Controller.fixed:
             return
-        self.l0_sum += self.processes.total(outcome.fires.sum()) / total
+        self.l0_sum += self.group.all_reduce(outcome.fires.sum()) / total
         done = self.step_number + 1
         if done % config.control_every:
             return
@@ -273,8 +274,8 @@ class SaeTrainer:
         parts = torch.stack(
             [outcome.error.double().square().sum(), y64.square().sum(), fired, outcome.penalty.double()]
         )
-        squared_error, squared, active, penalty = self.processes.total(parts).tolist()
-        variance = squared - float(self.processes.total(y64.sum(0)).square().sum()) / total
+        squared_error, squared, active, penalty = self.group.all_reduce(parts).tolist()
+        variance = squared - float(self.group.all_reduce(y64.sum(0)).square().sum()) / total
         return {
             "fvu": squared_error / max(variance, 1e-30),
             "l0": active / total,
@@ -304,7 +305,7 @@ class SaeTrainer:
     def _whole(self, share: Tensor, positions: Tensor) -> Tensor:
         whole = share.new_zeros(self.config.batch_size, *share.shape[1:])
         whole[positions] = share
-        return self.processes.total(whole)
+        return self.group.all_reduce(whole)
 
     # --- state and result --------------------------------------------------------------------------------------------
 

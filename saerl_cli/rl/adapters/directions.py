@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.config.adapter import AdapterConfig
 from saerl_cli.models import Loaded, Site, resolve_sites
-from saerl_cli.run import shards
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import atomic_folder
+from saerl_cli.run.processes import process_group
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.controls import SAMPLE_TOKENS, random_like
 from saerl_cli.sae.files import load_sae, save_sae
@@ -34,8 +33,7 @@ def draw(adapter: AdapterConfig, saes: Mapping[str, Path], loaded: Loaded, rows:
         with atomic_folder(folder) as temporary:
             for sae in random_dictionary(adapter, saes, loaded, rows).values():
                 save_sae(sae, temporary / str(sae.site))
-    shards.meet()
-    PartialState().wait_for_everyone()
+    process_group().barrier()
     return {path.name: path for path in sorted(folder.iterdir())}
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,8 +13,8 @@ from saerl_cli.config.adapter import L1Scale
 from saerl_cli.models import resolve_sites
 from saerl_cli.rl.adapters.directions import text_activations
 from saerl_cli.rl.adapters.selection import free_features
-from saerl_cli.run import shards
 from saerl_cli.run.files import write_safetensors
+from saerl_cli.run.processes import process_group
 from saerl_cli.sae.files import load_sae
 
 if TYPE_CHECKING:
@@ -59,6 +58,5 @@ def effects(parts: "Parts", model: Any) -> Mapping[str, Tensor]:
         with torch.no_grad():
             found = {s: sae.encode(activations[s]).mean(0) * sae.W_dec.norm(dim=1) for s, sae in saes.items()}
         write_safetensors(path, found)
-    shards.meet()
-    PartialState().wait_for_everyone()
+    process_group().barrier()
     return load_file(path)

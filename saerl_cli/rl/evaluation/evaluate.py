@@ -14,7 +14,7 @@ from saerl_cli.rl.runs import kl_coef, run_config, snapshot_files
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
 from saerl_cli.run.preflight import flat
-from saerl_cli.run.processes import ALONE, Team
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.run.progress import say
 
 if TYPE_CHECKING:
@@ -36,21 +36,21 @@ class Evaluated:
     """Empty where no limit is asked for."""
 
 
-def evaluate(config: EvaluateConfig, run: Run, device: Any, team: Team = ALONE) -> Evaluated:
+def evaluate(config: EvaluateConfig, run: Run, device: Any, group: ProcessGroup = ONE_PROCESS) -> Evaluated:
     """Draw fresh samples of the policy, of those kept along the way and of the reference, and measure them.
 
     `numbers["frontier"]` has an entry a policy, in order, the last one being the policy itself: {step, reward,
     reward_se, gain, gain_se, kl, kl_se, kl_exact, kl_exact_se, length, ended, nll_heldout}, and for coefficients
     {changed, nonzero, delta_max, delta_norm}. All of them answer the same prompts with the same random numbers; gains
     are means of differences from the reference on the same prompt, whose mean reward is `reward_base`. The processes of
-    the team share the sampling, the scoring and the held-out text.
+    the group share the sampling, the scoring and the held-out text.
     """
     from saerl_cli.rl.evaluation.baselines import behaviour
     from saerl_cli.rl.evaluation.behaviour import warnings_of
     from saerl_cli.rl.evaluation.measure import measure
     from saerl_cli.rl.summary import curse_words
 
-    bench = build_bench(config, device, team)
+    bench = build_bench(config, device, group)
     record_inputs(config, run)
     base = base_of(config, run, bench.policy, bench.reward, bench.prompts, bench.sampling(BASE))
     say(f"sampling {config.evaluation.samples} completions from the policy and from its reference")
@@ -94,7 +94,7 @@ class Bench:
     prompts: "list[Prompt]"
     rows: "Tensor"
     """[n, context] packed held-out token ids."""
-    team: Team = ALONE
+    group: ProcessGroup = ONE_PROCESS
 
     def sampling(self, purpose: int) -> "Sampling":
         """How completions are drawn."""
@@ -102,7 +102,7 @@ class Bench:
         from saerl_cli.run.seeds import derived_seed
 
         algo, seed = self.trained.algo, derived_seed(self.config.seed, purpose)
-        return Sampling(algo.max_new_tokens, algo.temperature, self.config.evaluation.batch_size, seed, self.team)
+        return Sampling(algo.max_new_tokens, algo.temperature, self.config.evaluation.batch_size, seed, self.group)
 
 
 def record_inputs(config: EvaluateConfig, run: Run) -> None:
@@ -112,7 +112,7 @@ def record_inputs(config: EvaluateConfig, run: Run) -> None:
     run.update(inputs={**inputs, "policy": str(Path(config.policy)), "base": config.base}, trained_with=trained)
 
 
-def build_bench(config: EvaluateConfig, device: Any, team: Team = ALONE) -> Bench:
+def build_bench(config: EvaluateConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> Bench:
     """Load the policy, build its reward, choose prompts."""
     from saerl_cli.data.documents import documents
     from saerl_cli.data.prompts import choose_prompts
@@ -130,7 +130,7 @@ def build_bench(config: EvaluateConfig, device: Any, team: Team = ALONE) -> Benc
     _, unseen = choose_prompts(trained, policy.tokenizer, policy.context_size)
     prompts = drawn(unseen, config.evaluation.samples, config.seed)
     rows = heldout_rows(trained, policy.context_size, policy.tokenizer, texts)
-    return Bench(config, trained, policy, reward, prompts, rows, team)
+    return Bench(config, trained, policy, reward, prompts, rows, group)
 
 
 def baseline_rewards(base: Base, before: "Samples") -> list[float]:
@@ -154,7 +154,7 @@ def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
         say(f"snapshot {number} of {len(files)}, step {step}")
         snapshots.load(policy.model, file)
         samples = draw(policy, bench.reward, bench.prompts, bench.sampling(POLICY))
-        points.append(point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows, team=bench.team)))
+        points.append(point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows, group=bench.group)))
     return points
 
 
@@ -175,7 +175,7 @@ def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any
         for parameter, reference, value in changes:
             parameter.data.copy_(torch.lerp(reference.double(), value.double(), factor))
         samples = draw(policy, bench.reward, bench.prompts, bench.sampling(POLICY))
-        entry = point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows, team=bench.team))
+        entry = point(step, policy, baseline, samples, heldout_loss(policy.model, bench.rows, group=bench.group))
         points.append(entry | {"factor": factor})
     for parameter, _, value in changes:
         parameter.data.copy_(value)

@@ -15,7 +15,7 @@ from saerl_cli.rewards.score import TOTAL, Reward
 from saerl_cli.rl.policy import Policy
 from saerl_cli.rl.rollouts.sampling import compact, left_padded, right_padded, sample, token_positions
 from saerl_cli.run import shards
-from saerl_cli.run.processes import ALONE, Team
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 
 
 @dataclass
@@ -52,12 +52,12 @@ def generate(
     temperature: float,
     batch_size: int,
     seed: int,
-    team: Team = ALONE,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> list[list[int]]:
     """Sample one completion a prompt, up to and including its first end token.
 
     The samples are a function of the arguments, and each of its own place in the list: the random state of the
-    process is neither used nor moved. Processes of a team share the batches, and all get all completions.
+    process is neither used nor moved. The processes of a group share the batches, and all get all completions.
     """
     device = model.device
     uniforms = torch.rand(
@@ -70,7 +70,7 @@ def generate(
         return sample(model, ids.to(device), mask.to(device), *settings)
 
     with compact(model), shards.whole_for_sampling(model):
-        return list(chain.from_iterable(team.by_batch(len(prompts), batch_size, completions)))
+        return list(chain.from_iterable(group.map_batches(len(prompts), batch_size, completions)))
 
 
 def log_probabilities(
@@ -100,7 +100,7 @@ def sequence_kl(
     completions: Sequence[list[int]],
     temperature: float,
     batch_size: int,
-    team: Team = ALONE,
+    group: ProcessGroup = ONE_PROCESS,
 ) -> tuple[list[float], list[float]]:
     """KL of the policy from its reference along given completions, in nats a completion.
 
@@ -121,19 +121,19 @@ def sequence_kl(
         exact = ((logp.exp() * difference).sum(-1) * mask).double().sum(1)
         return torch.stack([k1, exact]).cpu()  # [2, n]
 
-    k1, exact = torch.cat(team.by_batch(len(prompts), batch_size, divergence), dim=1).tolist()
+    k1, exact = torch.cat(group.map_batches(len(prompts), batch_size, divergence), dim=1).tolist()
     return k1, exact
 
 
 @torch.no_grad()
-def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16, team: Team = ALONE) -> float:
+def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16, group: ProcessGroup = ONE_PROCESS) -> float:
     """Mean negative log-likelihood of held-out text, nats per token; the ends of documents count, filling does not.
 
     Args:
         model: a causal language model.
         rows: [n, context] packed token ids, each row beginning with the separator of documents.
         batch_size: rows in one forward pass.
-        team: the processes that share the batches; all get the same number.
+        group: the processes that share the batches; all get the same number.
     """
     separator = rows[0, 0].item()
 
@@ -141,7 +141,7 @@ def heldout_loss(model: Any, rows: Tensor, batch_size: int = 16, team: Team = AL
         loss, text = token_losses(model, rows[part], separator)
         return loss.sum().item(), int(text.sum())
 
-    losses, counts = zip(*team.by_batch(len(rows), batch_size, nats), strict=True)
+    losses, counts = zip(*group.map_batches(len(rows), batch_size, nats), strict=True)
     return sum(losses) / max(sum(counts), 1)
 
 
@@ -173,7 +173,7 @@ class Sampling:
     temperature: float
     batch_size: int
     seed: int
-    team: Team = ALONE
+    group: ProcessGroup = ONE_PROCESS
     """The processes that share the batches. The samples are the same however many there are."""
 
 
@@ -182,7 +182,7 @@ def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Samplin
     tokenizer = policy.tokenizer
 
     def completions_of(model: Any) -> list[list[int]]:
-        settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed, how.team)
+        settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed, how.group)
         return generate(model, prompts, tokenizer, policy.eos_token_ids, *settings)
 
     if reference:
@@ -196,12 +196,12 @@ def draw(policy: Policy, reward: Reward, prompts: Sequence[Prompt], how: Samplin
         given = prompts[part]
         return reward.score([p.text for p in given], texts[part], ids[part], [p.answer for p in given])
 
-    alone = how.team.size == 1
-    parts = [score(slice(None))] if alone else how.team.by_batch(len(ids), how.batch_size, score)
+    alone = how.group.world_size == 1
+    parts = [score(slice(None))] if alone else how.group.map_batches(len(ids), how.batch_size, score)
     scores = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     samples = Samples(list(prompts), ids, texts, scores)
     if not reference:
-        samples.kl, samples.kl_exact = sequence_kl(policy, prompts, ids, how.temperature, how.batch_size, how.team)
+        samples.kl, samples.kl_exact = sequence_kl(policy, prompts, ids, how.temperature, how.batch_size, how.group)
     return samples
 
 
@@ -288,7 +288,7 @@ def measure(
     before = draw(policy, reward, prompts, how, reference=True)
     after = draw(policy, reward, prompts, how)
     with policy.reference() as reference:
-        loss_before = heldout_loss(reference, heldout, team=how.team)
+        loss_before = heldout_loss(reference, heldout, group=how.group)
     reward_before, error_before = mean_and_error(before.scores[TOTAL])
     reward_after, error_after = mean_and_error(after.scores[TOTAL])
     kl, kl_error = mean_and_error(after.kl)
@@ -303,7 +303,7 @@ def measure(
         "kl_exact": kl_exact,
         "kl_exact_se": kl_exact_error,
         "nll_heldout_before": loss_before,
-        "nll_heldout_after": heldout_loss(policy.model, heldout, team=how.team),
+        "nll_heldout_after": heldout_loss(policy.model, heldout, group=how.group),
     }
     for name, samples in (("before", before), ("after", after)):
         described = describe(samples, policy.eos_token_ids, attributes)

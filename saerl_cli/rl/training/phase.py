@@ -230,7 +230,7 @@ class PPOTrainer(PhasedTrainer, GRPOTrainer):
         settings: Any = (self.max_completion_length, self.eos_token_ids, self.temperature)
         with unwrapped as model, compact(model), shards.whole_for_sampling(model):
             completions = sample(model, ids.to(device), mask.to(device), *settings)
-            shards.meet()
+            shards.barrier()
         return completions
 
     def reward(self, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> tuple[Tensor, Tensor]:

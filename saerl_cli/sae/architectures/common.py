@@ -1,27 +1,17 @@
 """What the losses of all architectures share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import EncoderDtype
+from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.sae.layout import Layout, Scratch
 
 Parameters = dict[str, Tensor]
 """encoder [d_sae, d_in], b_enc [d_sae], decoder [d_sae, d_out], b_dec [d_out]; threshold (jumprelu), r_mag and b_mag
 (gated), all [d_sae]."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share a batch."""
-
-    rank: int = 0
-    size: int = 1
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    """Sums a tensor over all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Batch:
     """Of all processes together, over which the loss is averaged."""
     dead: Tensor
     """Features that are dead, bool [d_sae]."""
-    processes: Processes = field(default_factory=Processes)
+    group: ProcessGroup = ONE_PROCESS
     scratch: Scratch = field(default_factory=Scratch)
     """Memory for the pre-activations."""
 

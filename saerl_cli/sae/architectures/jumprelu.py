@@ -70,7 +70,7 @@ def firing_costs(
         return share, 0.0, None, active.sum()
     aim = float(config.target_l0 or 1)
     if config.penalty is Penalty.target:
-        off = batch.processes.total(active.sum()) / batch.tokens / aim - 1
+        off = batch.group.all_reduce(active.sum()) / batch.tokens / aim - 1
         return 2 * share * off / aim, 0.0, None, off.square() * len(batch.x)
     off = active / aim - 1
     return layout.dot(2 * share / aim * off[:, None], ones), 0.0, None, off.square().sum()

@@ -18,7 +18,7 @@ def matryoshka(p: Parameters, batch: Batch, config: SaeConfig, weight: float) ->
     """
     norm = p["decoder"].norm(dim=-1)
     scores = pre_activations(p, batch, config.encoder_dtype, norm)
-    tokens, cut = select_in_batch(scores, config.k * batch.tokens, batch.processes)
+    tokens, cut = select_in_batch(scores, config.k * batch.tokens, batch.group)
     bags, groups = by_group(tokens, config.prefixes)
     values = tokens.take(scores).relu() / tokens.at(norm.clamp_min(1e-12))
     parts = bags.decode(values, p["decoder"]).view(tokens.tokens, groups, batch.y.shape[1])

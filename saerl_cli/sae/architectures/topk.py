@@ -22,7 +22,7 @@ def batchtopk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> 
     """The loss `batchtopk` of `saerl_cli.sae.architectures`."""
     norm = p["decoder"].norm(dim=-1)
     scores = pre_activations(p, batch, config.encoder_dtype, norm)
-    layout, cut = select_in_batch(scores, config.k * batch.tokens, batch.processes)
+    layout, cut = select_in_batch(scores, config.k * batch.tokens, batch.group)
     outcome = reconstruction(p, batch, config, layout, scores, norm)
     outcome.cut = cut
     return outcome
@@ -93,6 +93,6 @@ def chosen(values: Tensor, best: Tensor) -> tuple[Layout, Tensor]:
 
 def variance(rows: Tensor, batch: Batch) -> Tensor:
     """Mean squared distance of all processes' rows [n, d] from their mean."""
-    total = batch.processes.total
+    total = batch.group.all_reduce
     mean = total(rows.sum(0)) / batch.tokens
     return total((rows - mean).square().sum()) / batch.tokens
