@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="saerl",
@@ -14,11 +15,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 120},
     help="RLHF restricted to sparse-autoencoder feature coefficients, so that what it taught can be read.",
-    epilog="A job is resumed by repeating its command with hydra.run.dir=DIR; `saerl runs` prints that command.",
+    epilog="Examples: saerl COMMAND --help. To resume a job repeat its command with hydra.run.dir=DIR (saerl runs).",
 )
 INTERRUPTED = 130
 """What Typer makes of a `KeyboardInterrupt`, without a word."""
 HYDRA = {"ignore_unknown_options": True}  # lets -m, --cfg job, --config-dir DIR through to Hydra
+
+
+class Command(TyperCommand):
+    """A command whose help has its examples."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Read the examples only when the help is asked for."""
+        from saerl_cli.run.examples import examples
+
+        self.epilog = examples()[str(self.name)]
+        super().format_epilog(ctx, formatter)
 
 
 def help_with_settings(ctx: typer.Context, asked: bool) -> None:
@@ -27,7 +39,7 @@ def help_with_settings(ctx: typer.Context, asked: bool) -> None:
         from saerl_cli.run.help import settings_help
 
         typer.echo(ctx.get_help())
-        typer.echo(settings_help(str(ctx.info_name).replace("-", "_")))
+        typer.echo("\n" + settings_help(str(ctx.info_name).replace("-", "_")))
         raise typer.Exit
 
 
@@ -68,37 +80,37 @@ def hydra(name: str, words: list[str] | None) -> None:
     bridge.run(name, words or [])
 
 
-@app.command("demo", context_settings=HYDRA, add_help_option=False)
+@app.command("demo", cls=Command, context_settings=HYDRA, add_help_option=False)
 def demo(overrides: Overrides = None, help: Help = False) -> None:
     """Run the whole pipeline on the planted model, offline."""
     hydra("demo", overrides)
 
 
-@app.command("train-lm", context_settings=HYDRA, add_help_option=False)
+@app.command("train-lm", cls=Command, context_settings=HYDRA, add_help_option=False)
 def train_lm(overrides: Overrides = None, help: Help = False) -> None:
     """Train a small Pythia-architecture language model."""
     hydra("train_lm", overrides)
 
 
-@app.command("train-sae", context_settings=HYDRA, add_help_option=False)
+@app.command("train-sae", cls=Command, context_settings=HYDRA, add_help_option=False)
 def train_sae(overrides: Overrides = None, help: Help = False) -> None:
     """Train sparse autoencoders at one or more sites."""
     hydra("train_sae", overrides)
 
 
-@app.command("eval-sae", context_settings=HYDRA, add_help_option=False)
+@app.command("eval-sae", cls=Command, context_settings=HYDRA, add_help_option=False)
 def eval_sae(overrides: Overrides = None, help: Help = False) -> None:
     """Measure trained SAEs on held-out text."""
     hydra("eval_sae", overrides)
 
 
-@app.command("train-reward", context_settings=HYDRA, add_help_option=False)
+@app.command("train-reward", cls=Command, context_settings=HYDRA, add_help_option=False)
 def train_reward(overrides: Overrides = None, help: Help = False) -> None:
     """Train a reward model on preference pairs."""
     hydra("train_reward", overrides)
 
 
-@app.command("rlhf", context_settings=HYDRA, add_help_option=False)
+@app.command("rlhf", cls=Command, context_settings=HYDRA, add_help_option=False)
 def rlhf(
     overrides: Overrides = None,
     sparse_coeffs: Annotated[
@@ -111,25 +123,25 @@ def rlhf(
     hydra("rlhf", [*sugar, *(overrides or [])])  # the last word wins, so the user's does
 
 
-@app.command("evaluate", context_settings=HYDRA, add_help_option=False)
+@app.command("evaluate", cls=Command, context_settings=HYDRA, add_help_option=False)
 def evaluate(overrides: Overrides = None, help: Help = False) -> None:
     """Measure a finished policy on fresh prompts."""
     hydra("evaluate", overrides)
 
 
-@app.command("features", context_settings=HYDRA, add_help_option=False)
+@app.command("features", cls=Command, context_settings=HYDRA, add_help_option=False)
 def features(overrides: Overrides = None, help: Help = False) -> None:
     """Show what features are and what RLHF did to them."""
     hydra("features", overrides)
 
 
-@app.command("audit", context_settings=HYDRA, add_help_option=False)
+@app.command("audit", cls=Command, context_settings=HYDRA, add_help_option=False)
 def audit(overrides: Overrides = None, help: Help = False) -> None:
     """Find the features that caused a policy's reward."""
     hydra("audit", overrides)
 
 
-@app.command("compare", context_settings=HYDRA, add_help_option=False)
+@app.command("compare", cls=Command, context_settings=HYDRA, add_help_option=False)
 def compare(overrides: Overrides = None, help: Help = False) -> None:
     """Compare policies at equal KL, of the folders named (a sweep, for instance) or of runs=…."""
     from saerl_cli.run.words import with_folders
@@ -139,7 +151,7 @@ def compare(overrides: Overrides = None, help: Help = False) -> None:
     hydra("compare", words)
 
 
-@app.command("export")
+@app.command("export", cls=Command)
 def export(
     path: Annotated[
         str,
@@ -165,7 +177,7 @@ def export(
         typer.echo("\n".join(work(path, to, out, site, first)))
 
 
-@app.command("report")
+@app.command("report", cls=Command)
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="PATH", help="Run directories of any command, or folders that hold some.")
@@ -184,7 +196,7 @@ def report(
         typer.echo(work(runs, out, describe))
 
 
-@app.command("reproduce")
+@app.command("reproduce", cls=Command)
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An experiment, as 001-demo; or a YAML file of one.")],
     variables: Annotated[
@@ -208,7 +220,7 @@ def reproduce(
     raise typer.Exit(code)
 
 
-@app.command("plan", context_settings=HYDRA)
+@app.command("plan", cls=Command, context_settings=HYDRA)
 def plan(
     command: Annotated[
         str, typer.Argument(metavar="COMMAND", help="train-lm, train-sae, train-reward, rlhf or evaluate.")
@@ -249,7 +261,7 @@ def plan(
         typer.echo(json_of(found) if as_json else text_of(found))
 
 
-@app.command("runs")
+@app.command("runs", cls=Command)
 def runs(
     folders: Annotated[
         list[Path] | None, typer.Argument(metavar="FOLDER", help="Where to look; ./runs if empty.")

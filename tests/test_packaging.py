@@ -35,7 +35,7 @@ def test_the_wheel_ships_every_config_and_nothing_from_outside_the_package(wheel
     }
     assert {name.split("/")[0] for name in names} == {"saerl_cli", wheel.name.split("-py3")[0] + ".dist-info"}
     assert {"saerl_cli/py.typed", "saerl_cli/cli.py"} <= set(names)
-    assert "saerl_cli/reproduce/Snakefile" in names
+    assert {"saerl_cli/reproduce/Snakefile", "saerl_cli/run/examples.md"} <= set(names)
     records = {name.removeprefix("saerl_cli/records/") for name in names if name.startswith("saerl_cli/records/")}
     assert "001-demo.json" in records and records <= {
         f"{path.stem}.json" for path in (ROOT / "conf/pipeline").iterdir()

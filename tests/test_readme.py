@@ -1,15 +1,18 @@
-"""The README's commands compose, and those of its walk-through run (small)."""
+"""The commands of the README and of every `--help` compose, and those of the walk-through run (small)."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import ROOT, TINY_WORDS
 from hydra import compose, initialize_config_dir
 
+from saerl_cli.cli import app
 from saerl_cli.config import typed
 from saerl_cli.run.configs import conf_dir, register_schema
+from saerl_cli.run.examples import examples
 from saerl_cli.run.jobs import JOBS, resolve
 from saerl_cli.run.words import expand_sites, split_words, sweep_points
 
@@ -23,15 +26,30 @@ SMALL = {
 }
 
 
-def commands(section: str | None = None) -> list[list[str]]:
-    """Words of every `saerl` line in the README's bash blocks, of one section or of all."""
-    text = README if section is None else README.split(f"## {section}\n")[1].split("\n## ")[0]
+ABOUT_SAES = {
+    "sweep=[{k:[8,16,32]},{sae:relu,l1:[2,5]},{sae:jumprelu,seed:[0,1]}]",
+    *("sae=newhouse2023", "site.names=[mlp_in.1]", "sae.init_from=runs/saes", "controls=true", "dictionary_learning"),
+}
+"""A word of each command about SAEs that a test runs."""
+HELP = (ROOT / "saerl_cli" / "run" / "examples.md").read_text()
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every `saerl` line in a text's bash blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     return [words[1:] for words in lines if words and words[0] == "saerl"]
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if w[0].replace("-", "_") in JOBS], ids=" ".join)
+def section(text: str, start: str) -> str:
+    """A text from a heading, or from the words of a paragraph, to the next heading or bold word."""
+    return re.split(r"\n(?:## |\*\*)", text.split(start)[1])[0]
+
+
+EVERY = {" ".join(words): words for words in [*commands(README), *commands(HELP)]}
+
+
+@pytest.mark.parametrize("words", [w for w in EVERY.values() if w[0].replace("-", "_") in JOBS], ids=" ".join)
 def test_every_command_composes(words):
     name, rest = words[0].replace("-", "_"), [w for w in words[1:] if w != "--sparse-coeffs"]
     sugar = ["adapter=sparse_coeffs"] if "--sparse-coeffs" in words else []
@@ -42,6 +60,28 @@ def test_every_command_composes(words):
         for point in sweep_points(overrides) if "-m" in flags else [overrides]:
             if "--cfg" not in flags:
                 typed(compose(name, point), resolve(JOBS[name].schema))
+
+
+@pytest.mark.parametrize("words", [w for w in EVERY.values() if w[0].replace("-", "_") not in JOBS], ids=" ".join)
+def test_every_other_command_is_understood(words):
+    """Commands without a root config: their words are theirs, and those that a plan is asked for compose."""
+    command = typer.main.get_command(app).commands[words[0]]
+    context = command.make_context(words[0], words[1:])
+    if words[0] == "plan":
+        sparse = ["--sparse-coeffs"] if context.params["sparse_coeffs"] else []
+        test_every_command_composes([context.params["command"], *sparse, *context.params["overrides"]])
+        test_every_command_composes(["train-sae", *shlex.split(context.params["sae"])])
+
+
+def test_the_help_of_a_command_ends_with_its_examples(saerl):
+    assert list(examples()) == [name for name in typer.main.get_command(app).commands if name != "completion"]
+    for name, text in examples().items():
+        mine = commands(section(HELP, f"\n## saerl {name}\n"))
+        assert mine and any(words[0] == name for words in mine)
+        for words in mine:
+            assert re.search(rf"^  saerl {re.escape(words[0])}\b", text, re.M)
+    shown = saerl("plan", "--help").stdout
+    assert "\n    saerl plan eval-sae saes=runs/later controls=true --sae 'site=mlp_out.2'\n" in shown
 
 
 def test_make_targets_exist():
@@ -64,7 +104,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_the_walk_through_runs(saerl, empty_place):
-    for words in commands("Step by step"):
+    for words in commands(section(README, "The same as commands")):
         done = saerl(*words, *SMALL.get(words[0], []))
         assert done.returncode == 0, (words, done.stderr)
     assert "sparse_coeffs" in Path("runs/report.html").read_text()
@@ -73,7 +113,9 @@ def test_the_walk_through_runs(saerl, empty_place):
 @pytest.mark.slow
 def test_the_commands_about_saes_run(saerl, empty_place):
     assert saerl("train-sae", *SMALL["train-sae"], "hydra.run.dir=runs/saes").returncode == 0
-    for words in commands("SAEs alone"):
+    planted = [words for words in commands(HELP) if set(words) & ABOUT_SAES]
+    assert len(planted) == len(ABOUT_SAES)
+    for words in planted:
         done = saerl(*words, *SMALL.get(words[0], []))
         assert done.returncode == 0, (words, done.stderr)
     assert len(list(Path("runs/sweep/sae").iterdir())) == 7
