@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from saerl_cli.adapter.restraint import Restraint
+from saerl_cli.adapter.coefficients.sparsity import Sparsity
 from saerl_cli.config.adapter import AdapterConfig, SparsityConfig, Splice
 from saerl_cli.models import Loaded
 from saerl_cli.rl.adapters import peft_config
@@ -165,7 +165,7 @@ def build_trainer(
         **extra,
     )
     if sparsity is not None or free is not None:
-        trainer.restraint = Restraint(trainer.model, sparsity or SparsityConfig(), free)
+        trainer.sparsity = Sparsity(trainer.model, sparsity or SparsityConfig(), free)
     return trainer
 
 

@@ -5,7 +5,8 @@ import torch
 from adapter_fixtures import random_sae
 from torch import nn
 
-from saerl_cli.adapter.layer import FixedSplice, fixed_splice, on_activation, splice
+from saerl_cli.adapter.coefficients.splice import FixedSplice, fixed_splice, splice
+from saerl_cli.adapter.tuner import on_activation
 from saerl_cli.sae.autoencoder import SAE
 
 KINDS = ("error_preserving", "reconstruct", "pre_activation")

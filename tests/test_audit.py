@@ -9,7 +9,7 @@ from rl_fixtures import GOOD, good_share, tiny_model, tiny_sae, word_tokenizer
 
 import saerl_cli.analysis.attribution as attribution
 from saerl_cli.adapter import biases, deltas, sparse_coeffs
-from saerl_cli.adapter.coefficients import site_layers
+from saerl_cli.adapter.coefficients.deltas import site_layers
 from saerl_cli.analysis.attribution import advantages, attribute, less_the_others, pass_attributions, scaled, touched
 from saerl_cli.analysis.audit.agreement import spearman, top_overlap
 from saerl_cli.analysis.audit.classify import sums_by

@@ -308,7 +308,7 @@ def test_directions_are_weighed_against_the_vocabulary(policy, saes):
 
 
 def test_effects_are_what_features_write(policy):
-    from saerl_cli.adapter.coefficients import site_layers
+    from saerl_cli.adapter.coefficients.deltas import site_layers
     from saerl_cli.rl.policy import load_policy
 
     loaded = load_policy(policy)

@@ -129,13 +129,9 @@ def test_every_option_has_an_entry():
 
 
 def test_a_forgotten_entry_is_named():
-    with pytest.raises(
-        ValueError, match=r"there is no adapter.kind=new; there are bias_only, .* an entry in saerl"
-    ):
+    with pytest.raises(ValueError, match=r"there is no adapter.kind=new; there are bias_only, .* an entry in saerl"):
         adapter_of(AdapterConfig(kind="new"))
-    with pytest.raises(
-        ValueError, match=r"parts.a: there is no kind=new; there are count, .* an entry in saerl"
-    ):
+    with pytest.raises(ValueError, match=r"parts.a: there is no kind=new; there are count, .* an entry in saerl"):
         check_reward(RewardConfig(parts={"a": RewardPart(kind="new")}))
 
 

@@ -147,7 +147,7 @@ def test_features_in_the_policy_are_read_before_their_coefficient(finished, saes
 
 
 def test_gates_are_multiplied_into_the_coefficients_of_snapshots(tmp_path):
-    from saerl_cli.adapter.gates import gate
+    from saerl_cli.adapter.coefficients.gates import gate
     from saerl_cli.run.files import write_safetensors
 
     key = "base_model.model.gpt_neox.layers.1.mlp.sparse_coeffs_{}.default.weight"

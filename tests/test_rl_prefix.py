@@ -7,14 +7,14 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from rl_fixtures import build_trainer, trained
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from saerl_cli.adapter.codes import by_sequence, from_sequences, scaled, sparse_codes
+from saerl_cli.adapter.coefficients.active_features import active_features, by_sequence, from_sequences, scaled
 from saerl_cli.rl.rollouts.prefix import Prefix, find_prefix, take
 from saerl_cli.rl.rollouts.scoring import add_critic, add_scoring_head
 
 
 @pytest.fixture(autouse=True)
 def no_size_is_too_small(monkeypatch):
-    monkeypatch.setattr("saerl_cli.adapter.codes.SMALL", 0)
+    monkeypatch.setattr("saerl_cli.adapter.coefficients.active_features.SMALL", 0)
 
 
 MODELS = {"neox": tiny_neox, "llama": tiny_llama}
@@ -208,10 +208,10 @@ def few_active(k=None):
 def test_codes_of_shuffled_sequences_are_the_codes_of_their_tokens(k):
     sae = few_active(k)
     x = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(2))
-    rows = by_sequence(sparse_codes(sae, x.flatten(0, 1)), 4)
+    rows = by_sequence(active_features(sae, x.flatten(0, 1)), 4)
     order = torch.tensor([2, 0, 3])
     got = from_sequences({name: tensor[order] for name, tensor in rows.items()}, FEATURES)
-    want = sparse_codes(sae, x[order].flatten(0, 1))
+    want = active_features(sae, x[order].flatten(0, 1))
     assert torch.equal(got.values, want.values)
     for name in ("token", "feature", "starts"):
         assert torch.equal(getattr(got.pairs, name), getattr(want.pairs, name)), name
@@ -222,7 +222,7 @@ def test_sparse_decoding_has_the_values_and_gradients_of_the_dense_formula(k):
     sae = few_active(k).double()
     x = torch.randn(30, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     scale = torch.randn(FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    assert 0 < len(sparse_codes(sae, x.detach()).values) < 30 * FEATURES / 8
+    assert 0 < len(active_features(sae, x.detach()).values) < 30 * FEATURES / 8
     dense = (scale * sae.encode(x)) @ sae.W_dec
     sparse = scaled(sae, x, scale)
     assert "ScaledDecoding" in sparse.grad_fn.name()
@@ -234,10 +234,10 @@ def test_sparse_decoding_has_the_values_and_gradients_of_the_dense_formula(k):
 
 
 def test_where_many_features_are_active_or_few_are_there_nothing_is_kept(monkeypatch):
-    assert sparse_codes(random_sae(), torch.ones(3, WIDTH)) is None
-    assert sparse_codes(few_active(), torch.ones(3, WIDTH)) is not None
-    monkeypatch.setattr("saerl_cli.adapter.codes.SMALL", 3 * FEATURES * WIDTH + 1)
-    assert sparse_codes(few_active(), torch.ones(3, WIDTH)) is None
+    assert active_features(random_sae(), torch.ones(3, WIDTH)) is None
+    assert active_features(few_active(), torch.ones(3, WIDTH)) is not None
+    monkeypatch.setattr("saerl_cli.adapter.coefficients.active_features.SMALL", 3 * FEATURES * WIDTH + 1)
+    assert active_features(few_active(), torch.ones(3, WIDTH)) is None
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

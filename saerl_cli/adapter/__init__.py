@@ -7,14 +7,17 @@ then load with `PeftModel.from_pretrained` and every other door of PEFT. So do, 
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from saerl_cli.adapter import vector
-from saerl_cli.adapter.coefficients import biases, delta_statistics, deltas, effects, moved, site_layers
-from saerl_cli.adapter.config import PEFT_TYPE, SPLICES, SparseCoeffConfig, sparse_coeffs
+from saerl_cli.adapter.activation_vector import config as activation_vector
+from saerl_cli.adapter.activation_vector.config import VectorConfig
+from saerl_cli.adapter.activation_vector.layer import VectorLayer
+from saerl_cli.adapter.activation_vector.model import VectorModel
+from saerl_cli.adapter.coefficients.config import PEFT_TYPE, SPLICES, SparseCoeffConfig, sparse_coeffs
+from saerl_cli.adapter.coefficients.deltas import biases, delta_statistics, deltas, effects, moved, site_layers
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.model import SparseCoeffModel
+from saerl_cli.adapter.coefficients.splice import FixedSplice, splice
 from saerl_cli.adapter.files import check_adapter, load_adapter, read_deltas, save_adapter
-from saerl_cli.adapter.layer import FixedSplice, SparseCoeffLayer, splice
-from saerl_cli.adapter.model import SparseCoeffModel
 from saerl_cli.adapter.spliced import SplicedConfig
-from saerl_cli.adapter.vector import VectorConfig, VectorLayer, VectorModel
 
 __all__ = [
     "SPLICES",
@@ -43,7 +46,7 @@ __all__ = [
 # PEFT's own `register_peft_method` accepts none but the names in its enum.
 for _name, _config, _tuner in (
     (PEFT_TYPE, SparseCoeffConfig, SparseCoeffModel),
-    (vector.PEFT_TYPE, VectorConfig, VectorModel),
+    (activation_vector.PEFT_TYPE, VectorConfig, VectorModel),
 ):
     PEFT_TYPE_TO_CONFIG_MAPPING[_name] = _config
     PEFT_TYPE_TO_TUNER_MAPPING[_name] = _tuner

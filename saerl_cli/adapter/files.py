@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saerl_cli.adapter import vector
-from saerl_cli.adapter.config import PEFT_TYPE, SparseCoeffConfig
-from saerl_cli.adapter.gates import gate
-from saerl_cli.adapter.model import SparseCoeffModel
+from saerl_cli.adapter.activation_vector import config as activation_vector
+from saerl_cli.adapter.coefficients.config import PEFT_TYPE, SparseCoeffConfig
+from saerl_cli.adapter.coefficients.gates import gate
+from saerl_cli.adapter.coefficients.model import SparseCoeffModel
+from saerl_cli.adapter.tuner import base_path
 from saerl_cli.run.files import atomic_folder, read_json, write_safetensors, write_text
 from saerl_cli.run.shards import is_part
 from saerl_cli.sae.files import check_sae
@@ -24,7 +25,6 @@ Coefficients of sparse-autoencoder features: a PEFT adapter of the kind SPARSE_C
 
     import saerl_cli.adapter  # makes the kind known to PEFT
     from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     policy = PeftModel.from_pretrained(base_model, "this folder")
 
@@ -89,7 +89,7 @@ def readme(kind: Any) -> str:
     """README.md of an adapter folder."""
     if kind == PEFT_TYPE:
         return README
-    name, ours = getattr(kind, "value", kind), kind == vector.PEFT_TYPE
+    name, ours = getattr(kind, "value", kind), kind == activation_vector.PEFT_TYPE
     return PLAIN_README.format(
         kind=name,
         ours=", which the package saerl defines" if ours else "",
@@ -186,4 +186,4 @@ def _is_coefficient(key: str) -> bool:
 def module_of(key: str) -> str:
     """Module path of a key of the file: `base_model.model.<path>.sparse_coeffs_delta.weight`."""
     path = key.partition(f".{SparseCoeffModel.prefix}")[0].removeprefix("base_model.model.")
-    return ".".join(part for part in path.split(".") if part != "base_layer")
+    return base_path(path)

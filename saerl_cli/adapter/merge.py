@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saerl_cli.adapter.spliced import path_of
-from saerl_cli.adapter.vector import FixedVector
+from saerl_cli.adapter.activation_vector.layer import FixedVector
+from saerl_cli.adapter.tuner import base_path
 from saerl_cli.models import aliases
 
 WRITERS = {
@@ -25,7 +25,7 @@ def into_weights(model: Any) -> Any:
     """The same function with vectors in biases and columns, up to rounding; those without a place stay as they are."""
     fixed = {name: module for name, module in model.named_modules() if isinstance(module, FixedVector)}
     for name, module in sorted(fixed.items(), key=lambda pair: -pair[0].count(".")):
-        if merged(model, path_of(name), module):
+        if merged(model, base_path(name, FixedVector.inner), module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base)
     return model

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from saerl_cli.adapter.layer import FixedSplice
-from saerl_cli.adapter.vector import FixedVector
+from saerl_cli.adapter.activation_vector.layer import FixedVector
+from saerl_cli.adapter.coefficients.splice import FixedSplice
+from saerl_cli.adapter.tuner import base_path
 from saerl_cli.sae.autoencoder import SAE
 
 FIXED = (FixedSplice, FixedVector)
@@ -86,15 +87,14 @@ def save_spliced(model: Any, folder: Path) -> bool:
         Whether fixed modules are left, so that the folder needs saerl.
     """
     model.save_pretrained(folder)
-    fixed = {path_of(name): shape_of(module) for name, module in model.named_modules() if isinstance(module, FIXED)}
+    fixed = {
+        base_path(name, FixedSplice.inner): shape_of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, FIXED)
+    }
     if fixed:
         SplicedConfig(model.config.to_dict(), fixed).save_pretrained(folder)
     return bool(fixed)
-
-
-def path_of(name: str) -> str:
-    """A module's path in the base model, from one that goes through fixed modules."""
-    return ".".join(part for part in name.split(".") if part != "base")
 
 
 def shape_of(module: Any) -> dict[str, Any]:

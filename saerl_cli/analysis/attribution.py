@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from saerl_cli.adapter import biases, deltas
-from saerl_cli.adapter.coefficients import site_layers
-from saerl_cli.adapter.layer import SparseCoeffLayer, on_activation
+from saerl_cli.adapter.coefficients.deltas import site_layers
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
+from saerl_cli.adapter.tuner import on_activation
 from saerl_cli.data.prompts import Prompt
 from saerl_cli.models import output_tensor
 from saerl_cli.rewards.score import TOTAL, Reward

@@ -16,7 +16,7 @@ reward or KL show, and a larger bound would hide features that write much."""
 
 
 class Splice(Enum):
-    """How coefficients enter the forward pass (formulas: `saerl_cli.adapter.layer`)."""
+    """How coefficients enter the forward pass (formulas: `saerl_cli.adapter.coefficients.splice`)."""
 
     error_preserving = "error_preserving"
     reconstruct = "reconstruct"

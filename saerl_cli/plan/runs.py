@@ -183,17 +183,17 @@ def run_splice(
     device: torch.device, d_in: int, d_sae: int, k: int, topk: bool, tokens: int, how: str
 ) -> Callable[[], Any]:
     """An SAE's coefficients at a site."""
-    from saerl_cli.adapter.codes import sparse_codes
-    from saerl_cli.adapter.layer import splice
+    from saerl_cli.adapter.coefficients.active_features import active_features
+    from saerl_cli.adapter.coefficients.splice import splice
 
     sae, x = random_sae(device, d_in, d_sae, k, topk, tokens)
     delta = torch.full((d_sae,), 0.01, device=device).requires_grad_(how != "encode")
     x = x.requires_grad_(how == "back")
-    codes = sparse_codes(sae, x) if how == "known" else None
+    codes = active_features(sae, x) if how == "known" else None
 
     def call() -> None:
         with torch.set_grad_enabled(how != "encode"):
-            out = splice(sae, x, "error_preserving", delta, codes=codes)
+            out = splice(sae, x, "error_preserving", delta, active=codes)
             if how != "encode":
                 out.backward(torch.ones_like(out))
         x.grad = delta.grad = None

@@ -16,7 +16,7 @@ from saerl_cli.data.prompts import Prompt, choose_prompts, refuse_too_few
 from saerl_cli.models import Loaded, eos_token_ids, load_model
 from saerl_cli.rewards.score import Part, Reward, build_reward
 from saerl_cli.rl.adapters import adapter_of, peft_config
-from saerl_cli.rl.adapters.sparsity import restraint
+from saerl_cli.rl.adapters.sparsity import sparsity_of
 from saerl_cli.rl.evaluation.measure import Sampling
 from saerl_cli.rl.policy import Policy, plain
 from saerl_cli.rl.training.arguments import training_arguments
@@ -116,7 +116,7 @@ def build_trainer(parts: Parts) -> PhasedTrainer:
         shards.join(trainer.ref_model, config.launch.gather_for_sampling)
     if isinstance(trainer, PPOTrainer):
         trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
-    trainer.restraint = restraint(parts, trainer.accelerator.unwrap_model(trainer.model))
+    trainer.sparsity = sparsity_of(parts, trainer.accelerator.unwrap_model(trainer.model))
     return trainer
 
 

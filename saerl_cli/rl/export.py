@@ -144,8 +144,8 @@ def has_coefficients(folder: Path) -> bool:
 
 def write_coefficients(source: Path, folder: Path, compact: bool) -> list[str]:
     """Coefficients with SAEs in `folder/sae/SITE`; a line a site."""
+    from saerl_cli.adapter.coefficients.splice import only
     from saerl_cli.adapter.files import README, check_adapter, module_of, read_adapter
-    from saerl_cli.adapter.layer import only
     from saerl_cli.sae.files import load_sae, sae_sha256, save_sae
 
     check_adapter(source)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saerl_cli.activations import capture, special_ids, text_mask
-from saerl_cli.adapter.coefficients import site_layers
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.deltas import site_layers
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
 from saerl_cli.analysis.attribution import AT_ONCE, Coefficients
 from saerl_cli.analysis.audit.variants import ratio
 from saerl_cli.analysis.features import f1_scores, final_norm, to_residual

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saerl_cli.activations import special_ids, text_mask
 from saerl_cli.adapter import SparseCoeffLayer, effects, moved
+from saerl_cli.adapter.coefficients.gates import gate
 from saerl_cli.adapter.files import check_adapter, module_of, read_deltas
-from saerl_cli.adapter.gates import gate
 from saerl_cli.analysis.features.describe import (
     Depth,
     Described,

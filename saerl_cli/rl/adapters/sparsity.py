@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saerl_cli.adapter import site_layers
-from saerl_cli.adapter.restraint import Restraint
+from saerl_cli.adapter.coefficients.sparsity import Sparsity
 from saerl_cli.config.adapter import L1Scale
 from saerl_cli.models import resolve_sites
 from saerl_cli.rl.adapters.directions import text_activations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saerl_cli.rl.build import Parts
 
 
-def restraint(parts: "Parts", model: Any) -> Restraint | None:
+def sparsity_of(parts: "Parts", model: Any) -> Sparsity | None:
     """What the settings of sparsity, bounds and features do to the coefficients of `model`; None where they do nothing.
 
     Raises:
@@ -34,7 +34,7 @@ def restraint(parts: "Parts", model: Any) -> Restraint | None:
     chosen = free_features(adapter, sizes)
     free = {site: member_mask(features, sizes[site]) for site, features in (chosen or {}).items()}
     effect = effects(parts, model) if adapter.sparsity.l1_scale is L1Scale.effect else None
-    return Restraint(model, adapter.sparsity, free, effect)
+    return Sparsity(model, adapter.sparsity, free, effect)
 
 
 def member_mask(features: set[int], size: int) -> Tensor:

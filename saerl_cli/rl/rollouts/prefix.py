@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from saerl_cli.adapter.codes import Codes, by_sequence, from_sequences, sparse_codes
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.active_features import ActiveFeatures, active_features, by_sequence, from_sequences
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
 from saerl_cli.run import shards
 
 Recorded = dict[str, Tensor]
@@ -76,9 +76,9 @@ class Prefix:
             return
         x = hidden.detach().flatten(0, -2).to(layer.sae.W_dec.dtype)  # [batch * seq, d_in]
         with torch.autocast(hidden.device.type, enabled=False):
-            layer.codes = sparse_codes(layer.sae, x)
-        if layer.codes is not None:
-            recorded |= {f"{name}/{key}": rows for key, rows in by_sequence(layer.codes, len(hidden)).items()}
+            layer.active = active_features(layer.sae, x)
+        if layer.active is not None:
+            recorded |= {f"{name}/{key}": rows for key, rows in by_sequence(layer.active, len(hidden)).items()}
 
     @contextmanager
     def replay(self, recorded: Recorded) -> Iterator[None]:
@@ -94,7 +94,7 @@ class Prefix:
                 if name in recorded:
                     output = recorded[name]
                     if name in codes:
-                        self.readers[name].codes = codes[name]
+                        self.readers[name].active = codes[name]
                 else:  # nobody reads its numbers, but its shape, dtype and device
                     output = torch.zeros((), dtype=dtype, device=recorded[self.kept[0]].device)
                     output = output.expand(batch, seq, *shape)
@@ -116,7 +116,7 @@ class Prefix:
             for name, (parent, child) in self.blocks.items():
                 parent._modules[child] = self.modules[name]
 
-    def _codes(self, name: str, recorded: Recorded) -> Codes | None:
+    def _codes(self, name: str, recorded: Recorded) -> ActiveFeatures | None:
         rows = {key: recorded[f"{name}/{key}"] for key in CODES if f"{name}/{key}" in recorded}
         return from_sequences(rows, self.readers[name].sae.d_sae) if rows else None
 
@@ -134,7 +134,7 @@ class Prefix:
                 if before[name] is not None:
                     module.forward = before[name]
             for layer in self.readers.values():
-                layer.codes = None
+                layer.active = None
 
 
 class StandIn(nn.Module):

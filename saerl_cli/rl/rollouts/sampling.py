@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
 
 DROP_AT = 1 / 4
 """Share of the rows that must have ended before they are dropped: selecting rows copies all keys and values."""
@@ -130,7 +130,7 @@ def reset_generation_config(model: Any, eos_token_ids: Iterable[int], pad_token_
 def compact(model: nn.Module) -> Iterator[None]:
     """Splice with no more of each SAE than the coefficients of now need; they must not change inside.
 
-    Features without a coefficient are neither encoded nor decoded (`saerl_cli.adapter.layer.needed_features`).
+    Features without a coefficient are neither encoded nor decoded (`needed_features`).
     """
     layers = [layer for layer in model.modules() if isinstance(layer, SparseCoeffLayer)]
     try:

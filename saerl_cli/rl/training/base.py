@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from saerl_cli.adapter.restraint import Restraint
+from saerl_cli.adapter.coefficients.sparsity import Sparsity
 from saerl_cli.rl.rollouts.scoring import is_value_parameter
 from saerl_cli.rl.training import checkpoint
 from saerl_cli.run import shards
@@ -103,7 +103,7 @@ class PhasedTrainer(Base):
             lambda step: atomic_folder(Path(self.args.output_dir or ".") / f"checkpoint-{step}", replace=True)
         )
         self.seconds = 0.0  # spent in phases, over all sittings
-        self.restraint: Restraint | None = None  # of an adapter of coefficients
+        self.sparsity: Sparsity | None = None  # of an adapter of coefficients
         self.phase_start = time.perf_counter()
         self.grad_norms: list[list[float]] = []  # of every optimiser step of the phase: the policy's, the critic's
 
@@ -156,21 +156,21 @@ class PhasedTrainer(Base):
             if critic:
                 groups.append({"params": critic, "lr": self.args.value_learning_rate, "weight_decay": 0.0})
             self.optimizer = kind(groups, **options)
-            if self.restraint is not None:
+            if self.sparsity is not None:
                 self.optimizer.register_step_post_hook(self.restrain)
         return self.optimizer
 
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Called by the optimiser after each of its steps."""
-        assert self.restraint is not None
+        assert self.sparsity is not None
         if all(p.grad is None for p in optimizer.param_groups[0]["params"]):  # an update that leaves the policy out
             return
-        self.restraint.after_step(optimizer.param_groups[0]["lr"], (self.state.global_step + 1) / self.args.max_steps)
+        self.sparsity.after_step(optimizer.param_groups[0]["lr"], (self.state.global_step + 1) / self.args.max_steps)
 
     def checked(self, loss: Tensor) -> Tensor:
         """Add the penalty on open gates, once an optimiser step, to a loss, which must be finite."""
         self.refuse_unless_finite("the loss", loss.detach())
-        penalty = self.restraint.penalty() if self.restraint is not None and self.model.training else None
+        penalty = self.sparsity.penalty() if self.sparsity is not None and self.model.training else None
         if penalty is None:
             return loss
         return loss + (penalty / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else penalty)

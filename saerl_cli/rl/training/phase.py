@@ -139,8 +139,8 @@ class PPOTrainer(PhasedTrainer, GRPOTrainer):
         """Seed everything random in a phase: by the run's seed, the phase and the process."""
         self.phase_start, self.stopped = time.perf_counter(), False
         set_seed(derived_seed(self.args.seed, self.phase, self.accelerator.process_index))
-        if self.restraint is not None:  # the same in every process
-            self.restraint.begin_phase(derived_seed(self.args.seed, self.phase, 1_000_033))
+        if self.sparsity is not None:  # the same in every process
+            self.sparsity.begin_phase(derived_seed(self.args.seed, self.phase, 1_000_033))
         if not self.prefix_sought:
             self.prefix, self.prefix_sought = self.find_frozen_prefix(), True
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from saerl_cli.adapter.tuner import SiteConfig
 from saerl_cli.models import Loaded, resolve_sites
 from saerl_cli.sae.files import check_sae, find_saes, provenance, read_sae_config, refuse_transcoder, sae_sha256
 
@@ -18,30 +18,24 @@ SPLICES = ("error_preserving", "reconstruct", "pre_activation")
 
 
 @dataclass
-class SparseCoeffConfig(PeftConfig):
+class SparseCoeffConfig(SiteConfig):
     """Configuration of `SparseCoeffModel`: one trainable coefficient per SAE feature.
 
     The adapter's file holds coefficients only. Its SAEs are bound by content: each is looked for where it was, then
     relative to the adapter's folder, then in `../sae/SITE` and `sae/SITE` beside it, and must have the recorded hash.
 
     Args:
-        target_modules: modules to adapt: a list of names or a regular expression, as in every PEFT method. All keys
-            of `saes` when left out.
-        exclude_modules: modules to leave alone: a list of names or a regular expression.
-        modules_to_save: further modules that are trained and saved whole, such as a value head.
+        target_modules, exclude_modules, modules_to_save: as in `SiteConfig`; all keys of `saes` when left out.
         saes: module path -> SAE folder (SAELens format).
         sae_sha256: module path -> hash of the SAE's weights file; read from the folders when left out.
         sites: module path -> name of the site, such as `mlp_out.3`; filled in when left out.
-        splice: how the coefficients enter the forward pass (formulas: `saerl_cli.adapter.layer`).
+        splice: how the coefficients enter the forward pass (formulas: `saerl_cli.adapter.coefficients.splice`).
         gates: train a hard-concrete gate beside every coefficient; a saved policy has none (`save_adapter`).
         model_sha256: hash of the base model's weight files (`saerl_cli.models.folder_sha256`); the one that the SAEs
             record when left out.
         relative_saes: `saes` relative to the folder of this file; written when saving.
     """
 
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
     saes: dict[str, str] | None = field(default=None)
     sae_sha256: dict[str, str] | None = field(default=None)
     sites: dict[str, str] | None = field(default=None)
@@ -59,10 +53,6 @@ class SparseCoeffConfig(PeftConfig):
         self.saes = {module: os.path.abspath(folder) for module, folder in (self.saes or {}).items()}
         if self.target_modules is None and self.saes:
             self.target_modules = sorted(self.saes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data in a fixed order, so that equal adapters are equal files."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, with the SAE folders also relative to it, so that both can move together."""

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from saerl_cli.adapter.config import SparseCoeffConfig, trained_on
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.config import SparseCoeffConfig, trained_on
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
+from saerl_cli.adapter.tuner import SiteTuner, base_path
 from saerl_cli.models import folder_sha256, resolve_sites
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.files import check_sae, load_sae, sae_sha256
 
 
-class SparseCoeffModel(BaseTuner):
+class SparseCoeffModel(SiteTuner):
     """A model whose only trainable parameters are coefficients of SAE features.
 
     Args:
@@ -31,7 +31,6 @@ class SparseCoeffModel(BaseTuner):
 
     prefix: str = "sparse_coeffs_"
     tuner_layer_cls = SparseCoeffLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the sites of an adapter, all or none.
@@ -82,7 +81,7 @@ class SparseCoeffModel(BaseTuner):
         saes = config.saes or {}
         # Not what earlier adapters added.
         names = {
-            _path(name)
+            base_path(name)
             for name, module in model.named_modules()
             if not isinstance(module, SAE) and f".{self.prefix}" not in name
         }
@@ -126,15 +125,12 @@ class SparseCoeffModel(BaseTuner):
         if isinstance(target, SparseCoeffLayer):
             target.update_layer(adapter_name, active and not peft_config.inference_mode, peft_config.gates)
             return
-        path = _path(current_key)
+        path = base_path(current_key)
         layer = SparseCoeffLayer(
             target, self._saes[path], peft_config.splice, path, peft_config.sites[path], peft_config.sae_sha256[path]
         )
         layer.update_layer(adapter_name, active and not peft_config.inference_mode, peft_config.gates)
-        layer._active_adapter = self.active_adapters
-        if isinstance(parent, SparseCoeffLayer):  # a site inside a site
-            parent = parent.base_layer
-        self._replace_module(parent, target_name, layer, target)
+        self.insert(layer, parent, target_name)
 
     def _inject_nested(self, config: SparseCoeffConfig, model: nn.Module, adapter_name: str) -> None:
         """Sites inside sites that were wrapped earlier, which PEFT's loop passes over."""
@@ -143,15 +139,6 @@ class SparseCoeffModel(BaseTuner):
             if not (isinstance(target, SparseCoeffLayer) and adapter_name in target.sparse_coeffs_delta):
                 parent, _, name = path.rpartition(".")
                 self._create_and_replace(config, adapter_name, target, name, model.get_submodule(parent), path)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own expects a weight, which a site need not have
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        while any(isinstance(module, SparseCoeffLayer) for module in model.modules()):  # sites inside sites
-            super()._unload_and_optionally_merge(*args, **kwargs)
-        return model
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -182,11 +169,6 @@ class SparseCoeffModel(BaseTuner):
                 has, needs = (tuple(shape) if shape else "nothing" for shape in (ours.get(key), wanted.get(key)))
                 raise ValueError(f"the adapter's file does not fit this model: {key} is {has} in it, {needs} here")
         return state
-
-
-def _path(key: str) -> str:
-    """Path of a module in the base model, from one that goes through wrapped modules."""
-    return ".".join(part for part in key.split(".") if part != "base_layer")
 
 
 def _device(model: nn.Module, path: str) -> torch.device:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saerl_cli.adapter.coefficients import site_layers
-from saerl_cli.adapter.gates import expected_open, logistic_noise
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.deltas import site_layers
+from saerl_cli.adapter.coefficients.gates import expected_open, logistic_noise
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
 from saerl_cli.config.adapter import SparsityConfig, refuse_top_k
 
 
-class Restraint:
+class Sparsity:
     """Acts on the coefficients of a model, which it does not own.
 
     Args:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saerl_cli.adapter.gates import gate
-from saerl_cli.adapter.layer import SparseCoeffLayer
+from saerl_cli.adapter.coefficients.gates import gate
+from saerl_cli.adapter.coefficients.layer import SparseCoeffLayer
 from saerl_cli.config.adapter import MOVED
 
 

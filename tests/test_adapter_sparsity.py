@@ -8,8 +8,8 @@ from adapter_fixtures import FEATURES, coefficients_on, tiny_neox, tokens
 from rl_fixtures import build_trainer, trained
 
 from saerl_cli.adapter import deltas, site_layers
-from saerl_cli.adapter.gates import INITIAL, expected_open, gate, logistic_noise
-from saerl_cli.adapter.restraint import Restraint, allowed
+from saerl_cli.adapter.coefficients.gates import INITIAL, expected_open, gate, logistic_noise
+from saerl_cli.adapter.coefficients.sparsity import Sparsity, allowed
 from saerl_cli.config.adapter import SparsityConfig
 
 SITES = ("mlp_out.1", "mlp_out.2")
@@ -26,7 +26,7 @@ def policy_with(tmp_path, *values, **fields):
 
 def test_l1_is_a_soft_threshold_of_lr_times_weight(tmp_path):
     policy = policy_with(tmp_path, 0.3, -0.3, 0.05, -0.2)
-    Restraint(policy, SparsityConfig(l1=2.0)).after_step(lr=0.1, progress=0.5)  # threshold 0.2
+    Sparsity(policy, SparsityConfig(l1=2.0)).after_step(lr=0.1, progress=0.5)  # threshold 0.2
     first, second = deltas(policy).values()
     torch.testing.assert_close(first[:4], torch.tensor([0.1, -0.1, 0.0, 0.0]))
     assert first[2] == 0 and first[3].abs() < 1e-7 and float(second[-1]) == pytest.approx(0.3)
@@ -37,7 +37,7 @@ def test_l1_may_be_scaled_by_a_feature_s_effect(tmp_path):
     policy = policy_with(tmp_path, 0.3, 0.3)
     scale = torch.ones(FEATURES)
     scale[0] = 0.5
-    Restraint(policy, SparsityConfig(l1=1.0), effect={"mlp_out.1": scale}).after_step(lr=0.2, progress=1.0)
+    Sparsity(policy, SparsityConfig(l1=1.0), effect={"mlp_out.1": scale}).after_step(lr=0.2, progress=1.0)
     first, second = deltas(policy).values()
     torch.testing.assert_close(first[:2], torch.tensor([0.2, 0.1]))
     assert float(second[-1]) == pytest.approx(0.3), "1 where there is no scale"
@@ -45,10 +45,10 @@ def test_l1_may_be_scaled_by_a_feature_s_effect(tmp_path):
 
 def test_top_k_keeps_the_largest_over_all_sites(tmp_path):
     policy = policy_with(tmp_path, 0.3, -0.9, 0.05, 0.6)
-    restraint = Restraint(policy, SparsityConfig(top_k=3, top_k_anneal=0.5))
-    restraint.after_step(lr=0.1, progress=0.01)
+    limits = Sparsity(policy, SparsityConfig(top_k=3, top_k_anneal=0.5))
+    limits.after_step(lr=0.1, progress=0.01)
     assert sum(int((delta != 0).sum()) for delta in deltas(policy).values()) == 5, "all are allowed at the start"
-    restraint.after_step(lr=0.1, progress=0.5)
+    limits.after_step(lr=0.1, progress=0.5)
     first, second = deltas(policy).values()
     assert first[:4].tolist() == pytest.approx([0, -0.9, 0, 0.6]) and float(second[-1]) == 0.5
     assert first[0] == 0 == first[2]
@@ -61,18 +61,18 @@ def test_the_number_allowed_falls_along_a_cubic():
 
 def test_bounds(tmp_path):
     policy = policy_with(tmp_path, 0.3, -0.3, 2.0, -2.0)
-    Restraint(policy, SparsityConfig(min_coeff=0.0)).after_step(0.1, 0.5)
+    Sparsity(policy, SparsityConfig(min_coeff=0.0)).after_step(0.1, 0.5)
     assert deltas(policy)["mlp_out.1"][:4].tolist() == pytest.approx([0.3, -0.3, 2.0, -1.0])
-    Restraint(policy, SparsityConfig(min_coeff=0.0, max_delta=0.25)).after_step(0.1, 0.5)
+    Sparsity(policy, SparsityConfig(min_coeff=0.0, max_delta=0.25)).after_step(0.1, 0.5)
     assert deltas(policy)["mlp_out.1"][:4].tolist() == [0.25, -0.25, 0.25, -0.25]
 
 
 def test_more_to_keep_than_there_are(tmp_path):
     with pytest.raises(ValueError, match=r"top_k=81 is more than the 80 coefficients that may be trained"):
-        Restraint(policy_with(tmp_path), SparsityConfig(top_k=81))
+        Sparsity(policy_with(tmp_path), SparsityConfig(top_k=81))
     free = {site: torch.arange(FEATURES) < 3 for site in SITES}
     with pytest.raises(ValueError, match=r"top_k=7 is more than the 6 coefficients"):
-        Restraint(policy_with(tmp_path), SparsityConfig(top_k=7), free)
+        Sparsity(policy_with(tmp_path), SparsityConfig(top_k=7), free)
 
 
 # --- gates -----------------------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ def test_gates_are_the_published_distribution():
 def test_gates_act_on_coefficients_and_leave_an_untouched_model_alone(tmp_path):
     base = tiny_neox()(tokens()).logits
     policy = coefficients_on(tiny_neox(), tmp_path, SITES, gates=True)
-    restraint = Restraint(policy, SparsityConfig(hard_concrete=0.1))
-    restraint.begin_phase(seed=4)
+    limits = Sparsity(policy, SparsityConfig(hard_concrete=0.1))
+    limits.begin_phase(seed=4)
     assert torch.equal(policy.train()(tokens()).logits, base) and torch.equal(policy.eval()(tokens()).logits, base)
     for layer in site_layers(policy).values():
         layer.sparse_coeffs_delta["default"].weight.data.fill_(0.7)
@@ -101,9 +101,9 @@ def test_gates_act_on_coefficients_and_leave_an_untouched_model_alone(tmp_path):
     calm = policy(tokens()).logits
     noisy = policy.train()(tokens()).logits
     assert not torch.equal(calm, noisy) and torch.equal(policy(tokens()).logits, noisy), "held through a phase"
-    restraint.begin_phase(seed=5)
+    limits.begin_phase(seed=5)
     assert not torch.equal(policy(tokens()).logits, noisy)
-    restraint.begin_phase(seed=4)
+    limits.begin_phase(seed=4)
     assert torch.equal(policy(tokens()).logits, noisy), "a function of the seed"
     layer = site_layers(policy)["mlp_out.1"]
     layer.sparse_coeffs_gate["default"].weight.data[7] = -9.0
@@ -115,11 +115,11 @@ def test_gates_act_on_coefficients_and_leave_an_untouched_model_alone(tmp_path):
 def test_the_penalty_counts_gates_expected_to_be_open(tmp_path):
     policy = coefficients_on(tiny_neox(), tmp_path, SITES, gates=True)
     one = float(expected_open(torch.tensor(INITIAL)))
-    penalty = Restraint(policy, SparsityConfig(hard_concrete=0.1)).penalty()
+    penalty = Sparsity(policy, SparsityConfig(hard_concrete=0.1)).penalty()
     assert penalty.item() == pytest.approx(0.1 * 2 * FEATURES * one, rel=1e-5)
     free = {site: torch.arange(FEATURES) < 3 for site in SITES}
-    assert Restraint(policy, SparsityConfig(hard_concrete=0.1), free).penalty().item() == pytest.approx(0.6 * one)
-    assert Restraint(policy, SparsityConfig(hard_concrete=0.0)).penalty() is None
+    assert Sparsity(policy, SparsityConfig(hard_concrete=0.1), free).penalty().item() == pytest.approx(0.6 * one)
+    assert Sparsity(policy, SparsityConfig(hard_concrete=0.0)).penalty() is None
 
 
 def test_sampling_is_scored_with_the_gates_it_was_sampled_with(tmp_path):
@@ -130,14 +130,14 @@ def test_sampling_is_scored_with_the_gates_it_was_sampled_with(tmp_path):
         steps_per_generation=1, num_iterations=1, per_device_train_batch_size=16, learning_rate=0.5,
     )  # fmt: skip
     seen = []
-    true = trainer._generate
+    true = trainer.sample
 
     def watched(*args, **kwargs):
         layer = site_layers(trainer.model)["mlp_out.1"]
         seen.append((layer.training, layer.gate_noise.clone()))
         return true(*args, **kwargs)
 
-    trainer._generate = watched
+    trainer.sample = watched
     trainer.train()
     assert all(training for training, _ in seen) and len(seen) == 3
     assert not torch.equal(seen[0][1], seen[1][1])

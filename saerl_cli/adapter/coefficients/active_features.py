@@ -11,13 +11,12 @@ All sums run in the order of the pairs, so results are the same to the bit wheth
 were kept from an earlier pass.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag
 
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.layout import SPARSE_BELOW, Sparse, rows_of, where
@@ -27,7 +26,7 @@ SMALL = 1_000_000
 
 
 @dataclass(frozen=True)
-class Codes:
+class ActiveFeatures:
     """Feature activations at pairs (token, feature), ordered by token."""
 
     values: Tensor
@@ -36,42 +35,42 @@ class Codes:
     """Where they are, among [tokens, d_sae]."""
 
 
-def sparse_codes(sae: SAE, x: Tensor) -> Codes | None:
+def active_features(sae: SAE, x: Tensor) -> ActiveFeatures | None:
     """The active features of tokens `x`, [tokens, d_in], without gradient; None where sparse sums would not pay."""
     with torch.no_grad():
         if sae.k is not None:
             values, indices = sae.encode_sparse(x)  # [tokens, k]
-            return Codes(values.reshape(-1), rows_of(indices, sae.d_sae))
+            return ActiveFeatures(values.reshape(-1), rows_of(indices, sae.d_sae))
         return few(sae.encode(x), sae.d_in)
 
 
-def few(f: Tensor, d_in: int) -> Codes | None:
-    """Activations [tokens, d_sae] as codes; None where many are active, or where there is little to decode."""
+def few(f: Tensor, d_in: int) -> ActiveFeatures | None:
+    """The active ones of [tokens, d_sae]; None where many are, or where there is little to decode."""
     f = f.detach()
     if f.numel() * d_in < SMALL or int(f.count_nonzero()) >= SPARSE_BELOW.get(f.device.type, 1 / 8) * f.numel():
         return None
     pairs = where(f != 0)
-    return Codes(f.reshape(-1).index_select(0, pairs.places), pairs)
+    return ActiveFeatures(f.reshape(-1).index_select(0, pairs.places), pairs)
 
 
-def scaled(sae: SAE, x: Tensor, scale: Tensor, codes: Codes | None = None) -> Tensor:
+def scaled(sae: SAE, x: Tensor, scale: Tensor, active: ActiveFeatures | None = None) -> Tensor:
     """`(scale * f(x)) W_dec`: [tokens, d_in] -> [tokens, d_in]; differentiable in x and scale.
 
     Args:
         sae: the frozen SAE.
         x: what it encodes, [tokens, d_in].
         scale: of every feature, [d_sae].
-        codes: `sparse_codes(sae, x)` where it is known already.
+        active: `active_features(sae, x)` where it is known already.
     """
-    if codes is None and sae.k is not None:
-        codes = sparse_codes(sae, x)
-    if codes is None:
+    if active is None and sae.k is not None:
+        active = active_features(sae, x)
+    if active is None:
         f = sae.encode(x)  # [tokens, d_sae]
-        codes = few(f, sae.d_in)
-        if codes is None:
+        active = few(f, sae.d_in)
+        if active is None:
             return (scale * f) @ sae.W_dec
         del f  # frees the dense matrices: from here on only pairs are kept
-    result: Any = ScaledDecoding.apply(x, scale, codes.values, codes.pairs, sae)
+    result: Any = ScaledDecoding.apply(x, scale, active.values, active.pairs, sae)
     return result
 
 
@@ -100,31 +99,25 @@ class ScaledDecoding(torch.autograd.Function):
         return dx, dscale, None, None, None
 
 
-# --- codes of a batch of sequences, as tensors whose rows can be shuffled and split -----------------------------------
+# --- those of a batch of sequences, as tensors whose rows can be shuffled and split -----------------------------------
 
 
-def by_sequence(codes: Codes, batch: int) -> dict[str, Tensor]:
-    """Codes of `batch` sequences, one row each: values and features [batch, most pairs], counts [batch, seq]."""
-    pairs = codes.pairs
+def by_sequence(active: ActiveFeatures, batch: int) -> dict[str, Tensor]:
+    """Those of `batch` sequences, one row each: values and features [batch, most pairs], counts [batch, seq]."""
+    pairs = active.pairs
     counts = torch.bincount(pairs.token, minlength=pairs.tokens).view(batch, -1)
     lengths = counts.sum(1).tolist()
     values, features = (
         torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
-        for flat in (codes.values, pairs.feature)
+        for flat in (active.values, pairs.feature)
     )
     return {"values": values, "features": features, "counts": counts.int()}
 
 
-def from_sequences(rows: dict[str, Tensor], d_sae: int) -> Codes:
-    """The codes of some rows of `by_sequence`, in their order."""
+def from_sequences(rows: dict[str, Tensor], d_sae: int) -> ActiveFeatures:
+    """Those of some rows of `by_sequence`, in their order."""
     counts = rows["counts"].reshape(-1).long()  # [tokens]
     width = rows["values"].shape[1]
     held = torch.arange(width, device=counts.device) < rows["counts"].sum(1, keepdim=True)  # [batch, most pairs]
     token = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return Codes(rows["values"][held], Sparse(token, rows["features"][held], len(counts), d_sae))
-
-
-def concatenated(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [batch, width, ...] of different widths, along the batch, filled up with zeros."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, [0, 0] * (part.dim() - 2) + [0, width - part.shape[1]]) for part in parts])
+    return ActiveFeatures(rows["values"][held], Sparse(token, rows["features"][held], len(counts), d_sae))
