@@ -24,7 +24,7 @@ from saerl_cli.rl.policy import load_policy
 from saerl_cli.run.directory import Run
 from saerl_cli.run.help import settings_help
 
-TOY = ("adapter.kind=layer_scale", "adapter.lr=5e-3", "reward.parts.cursing.kind=shortness", *SHORT)
+TOY = ("adapter.kind=layer_scale", "adapter.lr=5e-3", *SHORT)
 
 
 def layer_scales(adapter, loaded, saes):
