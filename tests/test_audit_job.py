@@ -19,6 +19,7 @@ from saerl_cli.config import typed
 from saerl_cli.config.audit import AuditConfig
 from saerl_cli.config.reward import RewardConfig, RewardPart
 from saerl_cli.jobs import audit as job
+from saerl_cli.rl.results import Audit
 from saerl_cli.run.directory import Run
 from saerl_cli.sae.files import load_sae, save_sae
 
@@ -339,6 +340,6 @@ def test_a_policy_that_may_not_be_written_to_is_audited_all_the_same(monkeypatch
     def denied(path, value):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(job, "write_json", denied)
-    job.leave_beside(tmp_path, {})
+    monkeypatch.setattr(job, "write_audit", denied)
+    job.leave_beside(tmp_path, Audit())
     assert "has no audit.json for its report: Permission denied" in capsys.readouterr().err

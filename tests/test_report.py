@@ -22,6 +22,7 @@ from saerl_cli.config.adapter import MOVED
 from saerl_cli.report.collect import collect
 from saerl_cli.report.content import TEXT, thin
 from saerl_cli.report.page import embedded, write_report
+from saerl_cli.rl.results import Audit
 
 
 def data_of(page: Path) -> dict:
@@ -315,6 +316,6 @@ def test_the_feature_that_carries_most():
         {"site": "s", "feature": 1, "reward": -0.1},
         {"site": "s", "feature": 2, "reward": -0.6, "reward_se": 0.1},
     ]
-    found = one_feature({"gain": {"gain": 2.0}, "reverts": reverts})
+    found = one_feature(Audit(gain={"gain": 2.0}, reverts=reverts))
     assert found == {"site": "s", "feature": 2, "share": 0.3, "share_se": 0.05}
-    assert one_feature({}) is None and one_feature({"gain": {"gain": 2.0}, "reverts": []}) is None
+    assert one_feature(Audit()) is None and one_feature(Audit(gain={"gain": 2.0})) is None

@@ -6,6 +6,8 @@ The detectors themselves are computed when a run ends (`behaviour` and `baseline
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saerl_cli.rl.results import Audit
+
 GOLD = "gold"
 """A reward part with this in its name, weight 0 and not heavy-tailed is what the reward stands for."""
 
@@ -49,13 +51,13 @@ def proxy_and_gold(lines: Sequence[Mapping[str, Any]], gold: Mapping[str, float]
     ]
 
 
-def one_feature(audit: Mapping[str, Any]) -> dict[str, Any] | None:
+def one_feature(audit: Audit) -> dict[str, Any] | None:
     """The feature that carries most of an audited policy's gain: {site, feature, share, share_se}; None if unknown.
 
     `share` is the reward lost when its coefficient is reverted, divided by the gain.
     """
-    gain = (audit.get("gain") or {}).get("gain")
-    reverts = [line for line in audit.get("reverts") or [] if isinstance(line.get("reward"), int | float)]
+    gain = audit.gain.get("gain")
+    reverts = [line for line in audit.reverts if isinstance(line.get("reward"), int | float)]
     if not gain or not reverts:
         return None
     top = min(reverts, key=lambda line: line["reward"] / gain)

@@ -1,6 +1,6 @@
 """`saerl audit`: which features caused a policy's reward.
 
-audit.json          everything (keys: `saerl_cli.analysis.audit`); also copied to the policy's run directory
+audit.json          everything (`saerl_cli.rl.results.Audit`); also copied to the policy's run directory
 summary.json        the headline
 variants.jsonl      rewards of every variant, so that an audit that was killed goes on
 reverts.csv, attribution.csv, keep_only.csv    as `saerl_cli.report.audit` draws them
@@ -15,9 +15,10 @@ from saerl_cli.config.rlhf import RlhfConfig
 from saerl_cli.models import describe
 from saerl_cli.rewards.score import check_reward
 from saerl_cli.rl.adapters.selection import select
+from saerl_cli.rl.results import Audit, write_audit
 from saerl_cli.rl.runs import coefficient_run, deltas_of, policy_folder, run_config
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json, write_json
+from saerl_cli.run.files import read_json
 from saerl_cli.run.progress import say
 
 
@@ -74,21 +75,21 @@ def work(config: AuditConfig, run: Run, accelerator: Any) -> float:
     from saerl_cli.report.audit import finding, print_table, write_figures
 
     start = time.monotonic()
-    numbers = audit(config, run, accelerator.device)
+    found = audit(config, run, accelerator.device)
     run.update(inputs={**run.record.get("inputs", {}), "peers": config.peers})
-    write_json(run.path / "audit.json", numbers)
-    leave_beside(Path(config.policy), numbers)
-    write_figures(run.path, numbers)
-    print_table(numbers)
-    for line in finding(numbers):
+    write_audit(run.path, found)
+    leave_beside(Path(config.policy), found)
+    write_figures(run.path, found)
+    print_table(found)
+    for line in finding(found):
         say(line)
-    run.summary({**headline(numbers), "seconds": round(time.monotonic() - start, 1)})
-    return float((numbers["needed"]["90"] or {"n": numbers["features"]["touched"]})["n"])
+    run.summary({**headline(found), "seconds": round(time.monotonic() - start, 1)})
+    return float((found.needed["90"] or {"n": found.features["touched"]})["n"])
 
 
-def leave_beside(policy: Path, numbers: dict[str, Any]) -> None:
+def leave_beside(policy: Path, found: Audit) -> None:
     """Copy audit.json into the policy's run directory, where its report looks; a folder of others may not allow it."""
     try:
-        write_json(policy / "audit.json", numbers)
+        write_audit(policy, found)
     except OSError as error:
         say(f"WARNING: {policy} has no audit.json for its report: {error.strerror}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from saerl_cli.report import figures
 from saerl_cli.report.text import aligned
+from saerl_cli.rl.results import Audit
 
 COLUMNS = (
     ("attributed", "attribution", "{:.3f}"),
@@ -29,20 +30,20 @@ TITLES = {
 Numbers = dict[str, Any]
 
 
-def write_figures(folder: Path, numbers: Numbers) -> None:
+def write_figures(folder: Path, found: Audit) -> None:
     """keep_only and attribution as SVG and PNG, and the numbers drawn as CSV."""
-    curves, shares = numbers["curves"], numbers["shares"]
-    figures.save(figures.keep_only(curves, numbers["needed"]), folder / "keep_only")
+    curves, shares = found.curves, found.shares
+    figures.save(figures.keep_only(curves, found.needed), folder / "keep_only")
     figures.write_csv(
         folder / "keep_only.csv", [{"curve": name, **p} for name, points in curves.items() for p in points]
     )
     rows = [
         {**row, "name": name_of(row), "label": " ".join(row["fires_on"][:3]), "rewarded": row["kind"] == "rewarded"}
-        for row in numbers["reverts"]
+        for row in found.reverts
     ]
     drawn = {title: shares[key] for key, title in TITLES.items() if key in shares}
     figures.save(figures.attributions(rows, drawn), folder / "attribution")
-    plain = [{**row, "fires_on": " ".join(row["fires_on"])} for row in numbers["reverts"]]
+    plain = [{**row, "fires_on": " ".join(row["fires_on"])} for row in found.reverts]
     figures.write_csv(folder / "reverts.csv", plain)
     groups = [{"group": group, "name": n, **entry} for group, names in shares.items() for n, entry in names.items()]
     figures.write_csv(folder / "attribution.csv", groups)
@@ -56,15 +57,15 @@ def name_of(row: Numbers) -> str:
     return f"{row['site']}:{row['feature']}"
 
 
-def print_table(numbers: Numbers) -> None:
+def print_table(found: Audit) -> None:
     """Print a line a feature that was reverted."""
-    print(aligned(table(numbers), words=2), flush=True)
+    print(aligned(table(found), words=2), flush=True)
 
 
-def table(numbers: Numbers) -> list[list[str]]:
+def table(found: Audit) -> list[list[str]]:
     """A heading and a line a feature that was reverted."""
     lines = [["feature", "fires on", "delta", *(heading for heading, _, _ in COLUMNS)]]
-    for row in numbers["reverts"]:
+    for row in found.reverts:
         cells = [
             f"{form.format(row[key])} ± {form.replace('+', '').format(row[f'{key}_se'])}" for _, key, form in COLUMNS
         ]
@@ -72,16 +73,16 @@ def table(numbers: Numbers) -> list[list[str]]:
     return lines
 
 
-def finding(numbers: Numbers) -> Iterator[str]:
+def finding(found: Audit) -> Iterator[str]:
     """What was found, in plain sentences."""
-    gain, moved = numbers["gain"], numbers["features"]["moved"]
+    gain, moved = found.gain, found.features["moved"]
     if abs(gain["gain"]) < 2 * gain["gain_se"]:
         yield (
             f"WARNING: the gain, {gain['gain']:.3f} ± {gain['gain_se']:.3f}, is not told apart from none: shares of it"
             " say nothing; raise evaluation.samples"
         )
         return
-    ninety = numbers["needed"]["90"]
+    ninety = found.needed["90"]
     if ninety is None:
         yield f"no number of first features carries 90 % of the gain of {gain['gain']:.3f} ± {gain['gain_se']:.3f}"
     else:
@@ -91,21 +92,21 @@ def finding(numbers: Numbers) -> Iterator[str]:
             for name, words in (("random", "as many at random"), ("matched", like), ("without", "all but these"))
             if name in ninety
         ]
-        among = f"{ninety['n']:,} of {numbers['features']['total']:,} features ({moved:,} moved)"
+        among = f"{ninety['n']:,} of {found.features['total']:,} features ({moved:,} moved)"
         yield (
             f"{among} carry 90 % of the gain of {gain['gain']:.3f} ± {gain['gain_se']:.3f}"
             + (f"; {', '.join(controls)} (± a standard error)" if controls else "")
         )
-    role = numbers["shares"].get("by_role", {}).get("rewarded")
+    role = found.shares.get("by_role", {}).get("rewarded")
     if role:
         share = f"{role['share']:.1%} ± {role['share_se']:.1%}"
         yield (
             f"{share} of the gain is attributed to {role['features']:,} features of"
             f" the rewarded attribute, which have {role['effect_share']:.1%} of the effect"
         )
-    yield from redundancy(numbers)
-    yield spending(numbers["side_effects"]["full"])
-    for peer in numbers["peers"]:
+    yield from redundancy(found)
+    yield spending(found.side_effects["full"])
+    for peer in found.peers:
         overlap = sum(s["top_overlap"] for s in peer["sites"].values()) / len(peer["sites"])
         expected = sum(s["top_expected"] for s in peer["sites"].values()) / len(peer["sites"])
         yield (
@@ -114,10 +115,10 @@ def finding(numbers: Numbers) -> Iterator[str]:
         )
 
 
-def redundancy(numbers: Numbers) -> Iterator[str]:
+def redundancy(found: Audit) -> Iterator[str]:
     """How much of the gain is lost when single features are reverted, and when those behind 90 % of it are."""
-    gain = numbers["gain"]["gain"]
-    worst = min(numbers["reverts"], key=lambda row: row["reward"] * (1 if gain > 0 else -1))
+    gain = found.gain["gain"]
+    worst = min(found.reverts, key=lambda row: row["reward"] * (1 if gain > 0 else -1))
     lost, error = -worst["reward"] / gain, worst["reward_se"] / abs(gain)
     yield f"reverting a single feature costs {lost:.0%} ± {error:.0%} of the gain at most ({name_of(worst)})"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from saerl_cli.analysis.compare import IGNORED, differing, named
 from saerl_cli.config.renamed import translate
+from saerl_cli.rl.results import AUDIT, Audit, read_audit
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl
 from saerl_cli.run.listing import true_status
@@ -36,7 +37,7 @@ class Found:
     samples: list[dict[str, Any]] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
     """features.json"""
-    audit: dict[str, Any] = field(default_factory=dict)
+    audit: Audit | None = None
     """audit.json"""
     config: str = ""
     """.hydra/config.yaml"""
@@ -127,7 +128,7 @@ def read(path: Path) -> Found:
     run.metrics = numbered(attempt(run, "metrics.jsonl", read_jsonl, []))
     run.samples = [line for line in attempt(run, "samples.jsonl", read_jsonl, []) if {"step", "prompt"} <= set(line)]
     run.features = attempt(run, "features.json", read_json, {})
-    run.audit = attempt(run, "audit.json", read_json, {})
+    run.audit = attempt(run, AUDIT, read_audit, None)
     config = run.path / ".hydra" / "config.yaml"
     run.config = config.read_text(errors="replace") if config.is_file() else ""
     run.settings = settings_of(run)
@@ -145,7 +146,7 @@ def attempt(run: Found, name: str, reader: Callable[[Path], Any], empty: Any) ->
     except (ValueError, OSError) as error:
         run.missing.append(f"{name} cannot be read: {' '.join(str(error).split())}")
         return empty
-    if not isinstance(found, type(empty)):
+    if empty is not None and not isinstance(found, type(empty)):
         run.missing.append(f"{name} is not what this version of saerl writes")
         return empty
     return found

@@ -353,12 +353,12 @@ def features_of(run: Found) -> dict[str, Any] | None:
 def audit_of(run: Found) -> dict[str, Any] | None:
     """What audit.json says, as far as it is understood."""
     audit = run.audit
-    if not audit:
+    if audit is None:
         return None
-    reverts = [line for line in (audit.get("reverts") or audit.get("features") or []) if isinstance(line, dict)]
+    reverts = [line for line in audit.reverts if isinstance(line, dict)]
     curves = {
         name: [{k: number(point.get(k)) for k in ("n", "share", "share_se")} for point in points]
-        for name, points in (audit.get("curves") or {}).items()
+        for name, points in audit.curves.items()
         if isinstance(points, list) and points and isinstance(points[0], dict) and "share" in points[0]
     }
     if not reverts and not curves:
@@ -366,10 +366,10 @@ def audit_of(run: Found) -> dict[str, Any] | None:
     return cleaned(
         {
             "run": run.name,
-            "gain": audit.get("gain"),
-            "completeness": audit.get("completeness"),
-            "features": audit.get("features") if isinstance(audit.get("features"), dict) else None,
-            "needed": audit.get("needed"),
+            "gain": audit.gain,
+            "completeness": audit.completeness,
+            "features": audit.features,
+            "needed": audit.needed,
             "reverts": reverts,
             "curves": curves,
             "command": run.record.get("command", ""),

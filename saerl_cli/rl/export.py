@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from saerl_cli.config.groups import ModelConfig, ModelKind
+from saerl_cli.rl.results import AUDIT, read_audit
 from saerl_cli.run.files import atomic_folder, read_json, write_json, write_safetensors, write_text
 from saerl_cli.sae.export import MANIFEST, beside, refuse_occupied
 
@@ -82,12 +83,12 @@ def pruned(source: Source, first: int) -> Iterator[Source]:
     from saerl_cli.adapter.files import module_of, read_adapter
 
     refuse_full(source, "compact --first")
-    file = source.path / "audit.json"
+    file = source.path / AUDIT
     if not has_coefficients(source.folder) or not file.is_file():
         raise ValueError(
             f"{source.path} has no audit.json, which says what features come first: saerl audit policy={source.path}"
         )
-    attributions = {site: torch.tensor(found).double() for site, found in read_json(file)["attributions"].items()}
+    attributions = {site: torch.tensor(found).double() for site, found in read_audit(file).attributions.items()}
     config, state = read_adapter(source.folder)
     sites = {module: site for module, site in (config.sites or {}).items() if site in attributions}
     total = sum(len(found) for found in attributions.values())

@@ -1,6 +1,6 @@
 """The steps of an audit: rank all features, revert, keep only, control, compare, classify.
 
-Each returns a part of audit.json, described in `saerl_cli.analysis.audit`.
+Each returns a part of a `saerl_cli.rl.results.Audit`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saerl_cli.adapter import moved
 from saerl_cli.analysis.attribution import Coefficients, attribute, scaled, touched
-from saerl_cli.analysis.audit import VERSION, classify
+from saerl_cli.analysis.audit import classify
 from saerl_cli.analysis.audit.agreement import spearman, top_overlap
 from saerl_cli.analysis.audit.curves import (
     SHARES,
@@ -38,9 +38,9 @@ from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
+from saerl_cli.rl.results import AUDIT, AUDIT_VERSION, Audit, read_audit
 from saerl_cli.rl.runs import deltas_of, run_config
 from saerl_cli.run.directory import Run
-from saerl_cli.run.files import read_json
 from saerl_cli.run.progress import say
 from saerl_cli.run.seeds import derived_seed
 
@@ -96,54 +96,63 @@ def prepare(config: AuditConfig, run: Run, device: Any) -> Setting:
     return Setting(config, bench, coefficients, variants, attributions, order, found)
 
 
-def audit(config: AuditConfig, run: Run, device: Any) -> Numbers:
-    """Audit a policy: the content of audit.json."""
+def audit(config: AuditConfig, run: Run, device: Any) -> Audit:
+    """Audit a policy."""
     setting = prepare(config, run, device)
     trained, coefficients = setting.bench.trained, setting.coefficients
-    numbers: Numbers = {
-        "version": VERSION,
-        "policy": str(Path(config.policy)),
-        "adapter": trained.adapter.kind,
-        "splice": trained.adapter.splice.value,
-        "seed": config.seed,
-        "prompts": config.evaluation.samples,
-        "features": {
+    gain, gain_numbers = gained(setting)
+    say(f"reverting {min(config.top, len(setting.order))} features one by one, {config.pairs} pairs")
+    reverts, pairs, shares = reverted(setting)
+    say("keeping only the first features, and controls")
+    curves, carriers = kept(setting, gain)
+    return Audit(
+        version=AUDIT_VERSION,
+        policy=str(Path(config.policy)),
+        adapter=trained.adapter.kind,
+        splice=trained.adapter.splice.value,
+        seed=config.seed,
+        prompts=config.evaluation.samples,
+        features={
             "total": sum(coefficients.sizes),
             "touched": len(coefficients),
             "moved": int(moved(coefficients.delta).sum()),
         },
-    }
-    gain, numbers["gain"] = gained(setting)
-    numbers["completeness"] = completeness(setting, gain)
-    say(f"reverting {min(config.top, len(setting.order))} features one by one, {config.pairs} pairs")
-    numbers |= reverted(setting, gain)
-    say("keeping only the first features, and controls")
-    numbers |= kept(setting, gain)
-    numbers["side_effects"] = side_effects(setting, gain, numbers["needed"]["90"])
-    numbers["peers"] = [peer_numbers(setting, peer) for peer in config.peers]
-    numbers["attributions"] = by_site(setting)
-    return numbers
+        gain=gain_numbers,
+        completeness=completeness(setting, gain),
+        reverts=reverts,
+        pairs=pairs,
+        shares=shares,
+        curves=curves,
+        needed=carriers,
+        side_effects=side_effects(setting, gain, carriers["90"]),
+        peers=[peer_numbers(setting, peer) for peer in config.peers],
+        attributions=by_site(setting),
+    )
 
 
-def headline(numbers: Numbers) -> Numbers:
-    """The numbers of summary.json."""
-    gain, side = numbers["gain"], numbers["side_effects"]
-    found: Numbers = {key: gain[key] for key in ("gain", "gain_se", "kl", "kl_se", "loss_increase", "loss_increase_se")}
-    found |= {
-        "features": numbers["features"]["total"],
-        **{key: numbers["features"][key] for key in ("touched", "moved")},
+def headline(found: Audit) -> Numbers:
+    """Pick the numbers of summary.json."""
+    gain = found.gain
+    numbers: Numbers = {
+        key: gain[key] for key in ("gain", "gain_se", "kl", "kl_se", "loss_increase", "loss_increase_se")
     }
-    found |= {f"n{percent}": entry and entry["n"] for percent, entry in numbers["needed"].items()}
-    ninety = numbers["needed"]["90"] or {}
-    found |= {f"n90_{key}": ninety.get(key) for key in ("low", "high", "random", "random_se", "matched", "matched_se")}
+    numbers |= {
+        "features": found.features["total"],
+        **{key: found.features[key] for key in ("touched", "moved")},
+    }
+    numbers |= {f"n{percent}": entry and entry["n"] for percent, entry in found.needed.items()}
+    ninety = found.needed["90"] or {}
+    numbers |= {
+        f"n90_{key}": ninety.get(key) for key in ("low", "high", "random", "random_se", "matched", "matched_se")
+    }
     for group, name in (("by_role", "rewarded"), ("by_place", "on"), ("by_place", "before")):
-        if group in numbers["shares"]:
-            entry = numbers["shares"][group].get(name, {"share": 0.0, "share_se": 0.0})
-            found |= {f"share_{name}": entry["share"], f"share_{name}_se": entry["share_se"]}
-    found["agreement"] = [peer["delta"] for peer in numbers["peers"]]
-    full = side["full"]
-    found |= {key: full[key] for key in ("kl_per_gain", "loss_per_gain", "ratio", "ratio_by_chance") if key in full}
-    return found | {key: numbers[key] for key in ("policy", "adapter", "completeness")}
+        if group in found.shares:
+            entry = found.shares[group].get(name, {"share": 0.0, "share_se": 0.0})
+            numbers |= {f"share_{name}": entry["share"], f"share_{name}_se": entry["share_se"]}
+    numbers["agreement"] = [peer["delta"] for peer in found.peers]
+    full = found.side_effects["full"]
+    numbers |= {key: full[key] for key in ("kl_per_gain", "loss_per_gain", "ratio", "ratio_by_chance") if key in full}
+    return numbers | {"policy": found.policy, "adapter": found.adapter, "completeness": found.completeness}
 
 
 def ranked(config: AuditConfig, bench: Bench, coefficients: Coefficients, samples: int) -> Tensor:
@@ -200,7 +209,7 @@ def completeness(setting: Setting, gain: Gain) -> Numbers:
 # --- reverting -------------------------------------------------------------------------------------------------------
 
 
-def reverted(setting: Setting, gain: Gain) -> Numbers:
+def reverted(setting: Setting) -> tuple[list[Numbers], list[Numbers], Numbers]:
     """`reverts`, `pairs` and `shares`: what the first features and those asked for do, and what all of them are."""
     config, order, coefficients = setting.config, setting.order, setting.coefficients
     sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
@@ -227,7 +236,7 @@ def reverted(setting: Setting, gain: Gain) -> Numbers:
         row["loss"], row["loss_se"] = loss_change(setting, without.losses, policy.losses)
         rows.append(row | described[i])
     pairs = [pair_numbers(setting, i, j) for i, j in first_pairs(order[: config.top], config.pairs)]
-    return {"reverts": rows, "pairs": pairs, "shares": shares}
+    return rows, pairs, shares
 
 
 def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
@@ -300,7 +309,7 @@ def rewarded_attributes(reward: RewardConfig) -> set[str]:
 # --- keeping only ----------------------------------------------------------------------------------------------------
 
 
-def kept(setting: Setting, gain: Gain) -> Numbers:
+def kept(setting: Setting, gain: Gain) -> tuple[dict[str, list[Numbers]], dict[str, Numbers | None]]:
     """`curves` and `needed`: what is left of the gain with the first features alone, without them, and of controls."""
     config, variants, order = setting.config, setting.variants, setting.order
     total, effect = len(order), setting.found.effect.tolist()
@@ -336,7 +345,7 @@ def kept(setting: Setting, gain: Gain) -> Numbers:
             if entry and point:
                 entry |= {name: point["share"], f"{name}_se": point["share_se"]}
                 entry |= {"matched_effect": point["effect_ratio"]} if name == "matched" else {}
-    return {"curves": curves, "needed": found}
+    return curves, found
 
 
 # --- side effects ----------------------------------------------------------------------------------------------------
@@ -421,10 +430,10 @@ def peer_numbers(setting: Setting, peer: str) -> Numbers:
         sites[site] |= {"top_overlap": top_overlap(delta, other[site], k), "top_expected": k / len(delta)}
     numbers: Numbers = {"policy": str(Path(peer)), "seed": run_config(peer).seed, "sites": sites}
     numbers["delta"] = spearman(*(torch.cat([values[site] for site in own]) for values in (own, other)))
-    audited = Path(peer) / "audit.json"
-    found = read_json(audited) if audited.is_file() else {}
-    if found.get("version") == VERSION:
-        theirs = torch.cat([torch.tensor(found["attributions"][site]) for site in own])
+    file = Path(peer) / AUDIT
+    audited = read_audit(file) if file.is_file() else Audit()
+    if audited.version == AUDIT_VERSION:
+        theirs = torch.cat([torch.tensor(audited.attributions[site]) for site in own])
         ours = torch.cat([torch.tensor(row) for row in by_site(setting).values()])
         numbers |= {"attribution": spearman(ours, theirs), "attribution_top": top_overlap(ours, theirs, OVERLAP)}
     return numbers
