@@ -42,7 +42,7 @@ class Audit:
     """first, second; joint: change when both are reverted; interaction: minus the sum of the two alone; kept_joint,
     kept_interaction: the same when they are all that is kept, against the reference."""
     shares: dict[str, Numbers] = field(default_factory=dict)
-    """by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share, effect_share}}, summed
+    """by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share, effect_share}}: sums
     by the tokens features fire on, whether on or before rewarded tokens, whether they write towards or away from them,
     and by the attribute they detect."""
     curves: dict[str, list[Numbers]] = field(default_factory=dict)
