@@ -274,7 +274,7 @@ def test_evaluations_are_preferred_to_the_policies_they_measured(sweep, monkeypa
 def test_a_folder_without_evaluations_beside_one_with_them_is_mixed_and_says_so(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = OmegaConf.to_container(OmegaConf.load("sw/0/.hydra/config.yaml"))
-    own = choose(["sw/0"]).evaluations[0].summary["measured"]
+    own = choose(["sw/0"]).evaluations[0].measured
     path = evaluation(tmp_path / "ev", "full", 0, 1.0, measured=own | {"prompts": "fresh", "seed": 1})
     record = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(record | {"trained_with": flat(settings)}))

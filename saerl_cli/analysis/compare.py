@@ -108,7 +108,7 @@ def by_seed(runs: Sequence[Evaluation]) -> list[Evaluation]:
     return [
         replace(
             same[0],
-            summary=same[0].summary | {"frontier": [p for run in same for p in run.summary["frontier"]]},
+            frontier=[point for run in same for point in run.frontier],
             final=any(run.final for run in same),
         )
         for same in seeds.values()
@@ -210,7 +210,7 @@ def comparison(chosen: Chosen, config: CompareConfig) -> tuple[list[Method], dic
         for kl in config.kls or common_kls(methods)
         for method in methods
     ]
-    bases = [members[0].summary["reward_base"] for members in groups.values()]
+    bases = [members[0].reward_base for members in groups.values()]
     reach = max(evaluation.reach for evaluation in evaluations)
     numbers = {
         "reward_base": sum(bases) / len(bases),
@@ -220,7 +220,7 @@ def comparison(chosen: Chosen, config: CompareConfig) -> tuple[list[Method], dic
         "note": chosen.note,
         "left_out": chosen.left_out,
         "groups": len(groups),
-        "measured": [members[0].summary["measured"] for members in groups.values()],
+        "measured": [members[0].measured for members in groups.values()],
         **mean_curves([curves(found, reach) for found in limits.values()]),
     }
     return methods, numbers
@@ -234,16 +234,16 @@ def best_limits(evaluations: Sequence[Evaluation]) -> Limits | None:
 
 def facts_of(method: Method) -> dict[str, Any]:
     """A method's runs and final policies, as plain data."""
-    last = [run.summary["frontier"][-1] for run in method.runs]
-    gain, kl = t_interval([point["gain"] for point in last]), t_interval([point["kl_exact"] for point in last])
+    last = [run.frontier[-1] for run in method.runs]
+    gain, kl = t_interval([point.gain for point in last]), t_interval([point.kl_exact for point in last])
     cost = costs(method)
     return {
-        "adapter": method.runs[0].summary["adapter"],
+        "adapter": method.runs[0].adapter,
         "measured": measured_as(method),
         "runs": [str(run.path) for run in method.runs],
         "seeds": [run.settings.get("seed") for run in method.runs],
-        "trainable_parameters": method.runs[0].summary["trainable_parameters"],
-        **{key: mean_of([point.get(key) for point in last]) for key in ("changed", "nonzero")},
+        "trainable_parameters": method.runs[0].trainable_parameters,
+        **{key: mean_of([getattr(point, key) for point in last]) for key in ("changed", "nonzero")},
         "gain": gain.mean,
         "gain_half": gain.half,
         "kl": kl.mean,
@@ -266,7 +266,7 @@ def costs(method: Method) -> dict[str, float | None]:
     """Mean seconds and peak memory of a method's training runs; None where they have gone since."""
     found = []
     for run in method.runs:
-        file = Path(str(run.summary.get("policy", ""))) / "summary.json"
+        file = Path(run.policy) / "summary.json"
         found.append(read_json(file) if file.is_file() else {})
     return {key: mean_of([numbers.get(key) for numbers in found]) for key in COSTS}
 

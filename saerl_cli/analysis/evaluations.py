@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.rl.evaluation.base import difference, measured_by
+from saerl_cli.rl.results import Point, known
 from saerl_cli.rl.runs import run_config, snapshot_files
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import read_json
@@ -39,9 +40,18 @@ class Evaluation:
     """A finished run of `saerl evaluate`, or all of a method and seed; or a policy as its own training measured it."""
 
     path: Path
-    summary: dict[str, Any]
     settings: dict[str, Any]
     """Of the training run, {dotted key: value}."""
+    frontier: list[Point]
+    """Its policies, the finished one last."""
+    measured: dict[str, Any]
+    """What two evaluations must share to be comparable (`saerl_cli.rl.evaluation.base.measured_by`)."""
+    reward_base: float
+    """Mean reward of the reference."""
+    adapter: str
+    policy: str
+    """The training run."""
+    trainable_parameters: int | None
     group: str = ""
     """Runs of one group share base model, reward and prompts; all runs are one group unless told otherwise."""
     final: bool = False
@@ -55,7 +65,7 @@ class Evaluation:
     @property
     def points(self) -> list[dict[str, float]]:
         """Its policies as {kl, gain, gain_se}."""
-        return [{"kl": p["kl_exact"], "gain": p["gain"], "gain_se": p["gain_se"]} for p in self.summary["frontier"]]
+        return [{"kl": p.kl_exact, "gain": p.gain, "gain_se": p.gain_se} for p in self.frontier]
 
     @property
     def reach(self) -> float:
@@ -94,15 +104,13 @@ def choose(words: Sequence[str], across: Sequence[str] = ()) -> Chosen:
     """
     folders = [folder_of(word) for word in words]
     measured = [load(path) for path in dict.fromkeys(path for folder in folders for path in folder.evaluations)]
-    known = {Path(str(e.summary.get("policy", ""))).resolve() for e in measured}
+    known = {Path(e.policy).resolve() for e in measured}
     bare = [folder for folder in folders if not folder.evaluations]
     finals = [path for path in once(path for folder in bare for path in folder.finished) if path.resolve() not in known]
     evaluations = [*measured, *map(load_final, finals)]
     refuse_incomparable(evaluations, across)
     for evaluation in evaluations:
-        evaluation.group = (
-            json.dumps([evaluation.summary["measured"].get(key) for key in sorted(across)]) if across else ""
-        )
+        evaluation.group = json.dumps([evaluation.measured.get(key) for key in sorted(across)]) if across else ""
     left = []
     passed = once(path for f in folders if f.evaluations for path in f.finished if path.resolve() not in known)
     if passed:
@@ -168,7 +176,25 @@ def load(path: Path) -> Evaluation:
     summary = run.read_summary()
     if "measured" not in summary or "trained_with" not in run.record:
         raise ValueError(f"{path} was written by an earlier version without a frontier; evaluate its policy again")
-    return Evaluation(path, summary, run.record["trained_with"])
+    return read_evaluation(path, summary, run.record["trained_with"])
+
+
+def read_evaluation(path: Path, summary: Mapping[str, Any], settings: dict[str, Any]) -> Evaluation:
+    """Read what a comparison needs of the summary.json of an evaluation.
+
+    Raises:
+        ValueError: it was written by another version.
+    """
+    return Evaluation(
+        path,
+        settings,
+        [known(Point, entry, path) for entry in summary["frontier"]],
+        summary.get("measured") or {},
+        summary.get("reward_base", summary.get("reward_before", 0.0)),
+        str(summary.get("adapter", "")),
+        str(summary.get("policy", "")),
+        summary.get("trainable_parameters"),
+    )
 
 
 def load_final(path: Path) -> Evaluation:
@@ -194,7 +220,7 @@ def load_final(path: Path) -> Evaluation:
     }
     measured = measured_by(own, trained) | {"prompts": f"own {hashlib.sha256(prompts.encode()).hexdigest()}"}
     facts = {"policy": str(path), "reward_base": numbers["reward_before"], "frontier": [point], "measured": measured}
-    return Evaluation(path, numbers | facts, settings, final=True)
+    return replace(read_evaluation(path, numbers | facts, settings), final=True)
 
 
 # --- what may be compared --------------------------------------------------------------------------------------------
@@ -208,7 +234,7 @@ def refuse_incomparable(evaluations: Sequence[Evaluation], across: Sequence[str]
     """
     for other in evaluations[1:]:
         first, may_differ = evaluations[0], {*across, *(OWN if other.final else ())}
-        one, two = ({k: v for k, v in e.summary["measured"].items() if k not in may_differ} for e in (first, other))
+        one, two = ({k: v for k, v in e.measured.items() if k not in may_differ} for e in (first, other))
         if differs := difference(one, two):
             raise ValueError(
                 f"{other.path} was measured with {differs} than {first.path}; only runs of one model, reward,"
@@ -225,7 +251,7 @@ def note_of(evaluations: Sequence[Evaluation]) -> str:
     if len(finals) < len(evaluations):
         names = ", ".join(str(e.path) for e in finals)
         return f"{names}: final policies only, on other prompts and random numbers than the evaluations{measure} helps"
-    prompts, seeds = ({json.dumps(e.summary["measured"][key]) for e in finals} for key in ("prompts", "seed"))
+    prompts, seeds = ({json.dumps(e.measured[key]) for e in finals} for key in ("prompts", "seed"))
     where = "each on its own run's prompts" if len(prompts) > 1 else "all on the same held-out prompts"
     numbers = ", each with its own seed" if len(seeds) > 1 else ""
     return f"final policies only, as training measured them, {where}{numbers}{measure} gives the frontier"

@@ -7,6 +7,7 @@ sparsity.csv    what sparsity.svg and sparsity.png show, where there are coeffic
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ def write_comparison(folder: Path, methods: Sequence[Method], numbers: dict[str,
 def write_sparsity(folder: Path, methods: Sequence[Method]) -> None:
     """Write the gain against the number of coefficients that moved, of every policy that has any."""
     points = [
-        {"method": method.name, "seed": run.settings.get("seed"), **{key: p.get(key) for key in SPARSITY}}
+        {"method": method.name, "seed": run.settings.get("seed"), **{key: getattr(p, key) for key in SPARSITY}}
         for method in methods
         for run in method.runs
-        for p in run.summary["frontier"]
-        if p.get("changed")
+        for p in run.frontier
+        if p.changed
     ]
     if points:
         figures.save(figures.sparsity(points), folder / "sparsity")
@@ -81,7 +82,7 @@ def drawn_name(method: Method) -> str:
 
 def shown(run: Evaluation, reward_base: float) -> list[dict[str, Any]]:
     """The policies of a run, their rewards as gains over the mean base."""
-    return [point | {"reward": reward_base + point["gain"]} for point in run.summary["frontier"]]
+    return [asdict(point) | {"reward": reward_base + point.gain} for point in run.frontier]
 
 
 def print_comparison(methods: Sequence[Method], numbers: dict[str, Any]) -> None:

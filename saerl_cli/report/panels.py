@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saerl_cli.analysis.compare import Method, by_seed, mean_curve
-from saerl_cli.analysis.evaluations import Evaluation
+from saerl_cli.analysis.evaluations import Evaluation, read_evaluation
 from saerl_cli.report.collect import POLICY, Found, owner
 from saerl_cli.report.content import FEW, cleaned, number, thin
 from saerl_cli.rl.evaluation.base import difference
@@ -86,7 +86,7 @@ def panel(runs: Sequence[Found], policies: Sequence[Found]) -> dict[str, Any]:
 
 def evaluations(runs: Sequence[Found], group: str) -> list[Evaluation]:
     """The evaluations of a method, one a seed."""
-    return by_seed([Evaluation(run.path, run.summary, run.settings) for run in runs if run.group == group])
+    return by_seed([read_evaluation(run.path, run.summary, run.settings) for run in runs if run.group == group])
 
 
 def head(run: Found) -> dict[str, Any]:

@@ -42,9 +42,9 @@ class Audit:
     """first, second; joint: change when both are reverted; interaction: minus the sum of the two alone; kept_joint,
     kept_interaction: the same when they are all that is kept, against the reference."""
     shares: dict[str, Numbers] = field(default_factory=dict)
-    """by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share, effect_share}}: sums
-    by the tokens features fire on, whether on or before rewarded tokens, whether they write towards or away from them,
-    and by the attribute they detect."""
+    """by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share, effect_share}},
+    summed by the tokens features fire on, whether on or before rewarded tokens, whether they write towards or away from them,
+    by the attribute they detect."""
     curves: dict[str, list[Numbers]] = field(default_factory=dict)
     """keep, remove, keep_by_effect, keep_random, keep_matched: {n, gain, share, share_se}, what is left of the gain if
     the first n are kept, removed, ...; controls also have `spread`, the standard deviation over draws, matched ones
@@ -90,12 +90,12 @@ class Point:
     gain: float
     """Over the reference on the same prompts."""
     gain_se: float
-    kl: float
-    """k1 estimate of the sequence KL, nats a completion."""
-    kl_se: float
     kl_exact: float
-    """KL of every next-token distribution along completions, summed, nats."""
+    """Sequence KL from the reference: of every next-token distribution along completions, summed, nats a completion."""
     kl_exact_se: float
+    kl: float | None = None
+    """The same by the k1 estimate."""
+    kl_se: float | None = None
     length: float | None = None
     """Tokens of a completion."""
     ended: float | None = None
