@@ -22,9 +22,8 @@ from saerl_cli.jobs import eval_sae
 from saerl_cli.report import saes as report
 from saerl_cli.report import text
 from saerl_cli.run.files import read_json, write_json
-from saerl_cli.sae import evaluate
 from saerl_cli.sae.autoencoder import SAE
-from saerl_cli.sae.evaluate import Evaluated, list_saes, settings
+from saerl_cli.sae.evaluate import SaeResults, list_saes, measure_saes, settings
 from saerl_cli.sae.files import CONFIG_FILE, load_sae, save_sae
 from saerl_cli.sae.metrics import evaluate_saes
 
@@ -120,7 +119,7 @@ def test_the_numbers_are_those_of_the_library(run):
     from saerl_cli.sae.metrics import first_rows
 
     config = EvalSaeConfig(saes=str(run), eval_tokens=500, probe_tokens=500)
-    found = evaluate.evaluate(config, torch.device("cpu"))
+    found = measure_saes(config, torch.device("cpu"))
     loaded, special = tiny_model(), special_ids(tiny_model().tokenizer)
     model, data = settings(config, list_saes([run]))
     rows = first_rows(token_rows(documents(data, model, "heldout"), loaded.tokenizer, 64), special, 500)
@@ -152,7 +151,7 @@ def test_a_labelled_file_is_probed(here):
     lines = [{"text": text, "label": label} for text, label in [("i loved it", "good"), ("i hated it", "bad")] * 80]
     Path("labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = EvalSaeConfig(saes=str(here), eval_tokens=300, probes="labels.jsonl")
-    probes = evaluate.evaluate(config, torch.device("cpu")).probes
+    probes = measure_saes(config, torch.device("cpu")).probes
     assert probes["kind"] == "documents" and set(probes["labels"]) == {"good", "bad"}
     assert probes["examples"] == {"train": 128, "test": 32}
     assert probes["activations"]["mlp_out.1"]["good"]["all"]["auroc"] == 1.0
@@ -171,7 +170,7 @@ def test_a_transcoder_is_measured_at_what_it_predicts(run, tmp_path):
     shutil.copytree(run / ".hydra", tmp_path / "run" / ".hydra")
     config = EvalSaeConfig(saes=str(tmp_path / "run"), eval_tokens=500, probe_tokens=1500, controls=True)
     eval_sae.check(config)
-    found = evaluate.evaluate(config, torch.device("cpu"))
+    found = measure_saes(config, torch.device("cpu"))
     numbers = found.saes["transcoder"]
     assert (numbers["site"], numbers["target"], numbers["d_in"]) == ("mlp_hidden.1", "mlp_out.1", 128)
     assert numbers["fvu"] < 1e-6 and numbers["ce_recovered"] == pytest.approx(1, abs=1e-3)
@@ -315,13 +314,13 @@ class Text(HTMLParser):
 
 def test_names_cannot_break_the_page_or_the_figures(run, tmp_path):
     config = EvalSaeConfig(saes=str(run), eval_tokens=300, probe_tokens=2000)
-    found = evaluate.evaluate(config, torch.device("cpu"))
+    found = measure_saes(config, torch.device("cpu"))
     nasty = "<script>alert(1)</script> $a_{b$ & _c"
     plain = json.dumps({key: getattr(found, key) for key in ("saes", "controls", "stability", "probes", "inputs")})
     renamed = json.loads(
         plain.replace("mlp_out.1-relu", nasty).replace('"architecture": "relu"', '"architecture": "$x_{"')
     )
-    report.write_results(Evaluated(**renamed), tmp_path, config)
+    report.write_results(SaeResults(**renamed), tmp_path, config)
     page = Text()
     page.feed((tmp_path / "report.html").read_text())
     assert "script" not in page.tags

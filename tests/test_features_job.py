@@ -15,7 +15,7 @@ from test_rl_job import do, settings
 
 from saerl_cli import cli
 from saerl_cli.analysis.features import Depth, Source, describe_features, describe_run, heldout_text, take_census
-from saerl_cli.analysis.features.find import Found
+from saerl_cli.analysis.features.find import FeatureResults
 from saerl_cli.analysis.features.moved import completions_text, in_policy, snapshot_deltas
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.config.groups import DataConfig, ModelConfig, PlantedConfig
@@ -328,7 +328,7 @@ def test_text_that_a_page_shows_is_escaped(graded):
         "sae": {bad: {"path": bad, "sha256": "0" * 64}},
         "policy": bad,
     }
-    found = Found([one], {bad: about}, {}, inputs, None)  # type: ignore[arg-type]
+    found = FeatureResults([one], {bad: about}, {}, inputs, None)  # type: ignore[arg-type]
     text = report.page(found, FeaturesConfig(policy=bad))
     page = Page(text)
     assert "img" not in page.tags and text.count("&lt;/span&gt;&lt;img") >= 18

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.analysis.evaluations import Chosen, Evaluation
+from saerl_cli.analysis.evaluations import Evaluation, Selection
 from saerl_cli.analysis.frontier import (
     Estimate,
     Interval,
@@ -196,7 +196,7 @@ def difference_of(method: Method, baseline: Method, own: Sequence[float], theirs
 # --- the comparison -------------------------------------------------------------------------------------------------
 
 
-def comparison(chosen: Chosen, config: CompareConfig) -> tuple[list[Method], dict[str, Any]]:
+def comparison(chosen: Selection, config: CompareConfig) -> tuple[list[Method], dict[str, Any]]:
     """Compare: the methods, and the numbers of summary.json."""
     evaluations, methods = chosen.evaluations, methods_of(chosen.evaluations, config)
     baseline = baseline_of(methods, config.baseline)

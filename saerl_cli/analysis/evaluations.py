@@ -74,7 +74,7 @@ class Evaluation:
 
 
 @dataclass
-class Chosen:
+class Selection:
     """What is compared, and what a reader must know of it."""
 
     evaluations: list[Evaluation]
@@ -96,7 +96,7 @@ class Folder:
     """Of `saerl rlhf`."""
 
 
-def choose(words: Sequence[str], across: Sequence[str] = ()) -> Chosen:
+def choose(words: Sequence[str], across: Sequence[str] = ()) -> Selection:
     """The measurements that folders, sweeps and globs stand for, each once; grouped by what may differ (`across`).
 
     Raises:
@@ -117,7 +117,7 @@ def choose(words: Sequence[str], across: Sequence[str] = ()) -> Chosen:
         left.append(f"left out, since nothing has evaluated them: {listed(passed)}; `{evaluate_command(passed)}` does")
     if stopped := once(path for folder in bare for path in folder.unfinished):
         left.append(f"left out, not finished: {listed(stopped)}")
-    return Chosen(evaluations, note_of(evaluations), left)
+    return Selection(evaluations, note_of(evaluations), left)
 
 
 def once(paths: Iterable[Path]) -> list[Path]:

@@ -47,10 +47,10 @@ def check(config: EvalSaeConfig) -> None:
 def work(config: EvalSaeConfig, run: Run, accelerator: Any) -> float:
     """Measure, print the table, write the numbers, the figures and the page; returns the mean FVU of the SAEs."""
     from saerl_cli.report.saes import print_tables, warnings, write_results
-    from saerl_cli.sae.evaluate import evaluate
+    from saerl_cli.sae.evaluate import measure_saes
 
     start = time.monotonic()
-    found = evaluate(config, accelerator.device, process_group())
+    found = measure_saes(config, accelerator.device, process_group())
     mean_fvu = sum(metrics["fvu"] for metrics in found.saes.values()) / len(found.saes)
     if not run.writes:
         return mean_fvu

@@ -21,7 +21,7 @@ from saerl_cli.run.progress import say
 from saerl_cli.sae.evaluate import check_place
 
 if TYPE_CHECKING:
-    from saerl_cli.analysis.features.find import Found
+    from saerl_cli.analysis.features.find import FeatureResults
 
 
 def check(config: FeaturesConfig) -> None:
@@ -75,10 +75,10 @@ def work(config: FeaturesConfig, run: Run) -> None:
         say(line)
 
 
-def write_files(found: "Found", config: FeaturesConfig, folder: Path) -> None:
+def write_files(found: "FeatureResults", config: FeaturesConfig, folder: Path) -> None:
     """Write everything but summary.json and the page."""
-    deltas = {site: [round(float(d), 6) for d in delta] for site, delta in found.bench.deltas.items()}
-    densities = {site: census.density.float().cpu() for site, census in found.bench.censuses.items()}
+    deltas = {site: [round(float(d), 6) for d in delta] for site, delta in found.context.deltas.items()}
+    densities = {site: census.density.float().cpu() for site, census in found.context.censuses.items()}
     kept = [{key: value for key, value in one.items() if key != "neuronpedia"} for one in found.features]
     write_json(folder / "features.json", {"features": kept, "sites": found.sites, "deltas": deltas})
     write_json(folder / "labels.json", found.labels)
@@ -86,7 +86,7 @@ def write_files(found: "Found", config: FeaturesConfig, folder: Path) -> None:
     if config.neuronpedia:
         from saerl_cli.analysis.features.neuronpedia import write_batches
 
-        data, rows = found.bench.plan.data, found.bench.text.rows
+        data, rows = found.context.plan.data, found.context.text.rows
         facts = {
             "model_id": Path(found.inputs["model"]["name"]).name,
             "sae_set": "saerl",
@@ -97,7 +97,7 @@ def write_files(found: "Found", config: FeaturesConfig, folder: Path) -> None:
         write_batches(folder / "neuronpedia", found.features, found.sites, facts)
 
 
-def summary(found: "Found", config: FeaturesConfig) -> dict[str, Any]:
+def summary(found: "FeatureResults", config: FeaturesConfig) -> dict[str, Any]:
     """The numbers of summary.json."""
     keys = ("site", "feature", "label", "label_from", "delta", "effect", "density", "attribute", "f1", "auroc")
     scored = [one["explanation"]["score"] for one in found.features if "score" in one.get("explanation", {})]

@@ -24,7 +24,7 @@ COEFFICIENT_KEYS = ("changed", "nonzero")
 
 
 @dataclass
-class Found:
+class RunFiles:
     """A run directory as far as it can be read."""
 
     path: Path
@@ -72,7 +72,7 @@ class Found:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def collect(paths: Sequence[Path]) -> list[Found]:
+def collect(paths: Sequence[Path]) -> list[RunFiles]:
     """All runs in these folders, and those that they point to; read, named, in order.
 
     Raises:
@@ -82,7 +82,7 @@ def collect(paths: Sequence[Path]) -> list[Found]:
     runs = [read(folder) for folder in folders]
     known = {identity(run.record) for run in runs}
     for target in dict.fromkeys(target for run in runs for target in pointed_to(run)):
-        found = identity(attempt(Found(target), "run.json", read_json, {}))
+        found = identity(attempt(RunFiles(target), "run.json", read_json, {}))
         if found not in known:
             known.add(found)
             runs.append(read(target))
@@ -110,7 +110,7 @@ def identity(record: dict[str, Any]) -> tuple[Any, ...]:
     return record.get("started"), record.get("command"), record.get("job")
 
 
-def pointed_to(run: Found) -> list[Path]:
+def pointed_to(run: RunFiles) -> list[Path]:
     """Runs that a comparison or a measurement was made from, as far as they are still there."""
     inputs = run.record.get("inputs") or {}
     listed = [run.policy, *(inputs.get("runs") or [])] if isinstance(inputs, dict) else []
@@ -120,9 +120,9 @@ def pointed_to(run: Found) -> list[Path]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> RunFiles:
     """A run, with a sentence for everything that is missing."""
-    run = Found(path)
+    run = RunFiles(path)
     run.record = attempt(run, "run.json", read_json, {})
     run.summary = attempt(run, "summary.json", read_json, {})
     run.metrics = numbered(attempt(run, "metrics.jsonl", read_jsonl, []))
@@ -136,7 +136,7 @@ def read(path: Path) -> Found:
     return run
 
 
-def attempt(run: Found, name: str, reader: Callable[[Path], Any], empty: Any) -> Any:
+def attempt(run: RunFiles, name: str, reader: Callable[[Path], Any], empty: Any) -> Any:
     """A file of a run; `empty`, and a sentence, where it cannot be read."""
     file = run.path / name
     if not file.is_file():
@@ -157,7 +157,7 @@ def numbered(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int | float)]
 
 
-def settings_of(run: Found) -> dict[str, Any]:
+def settings_of(run: RunFiles) -> dict[str, Any]:
     """The settings of training, flat."""
     if isinstance(run.record.get("trained_with"), dict):
         return translate(run.record["trained_with"])
@@ -172,7 +172,7 @@ def settings_of(run: Found) -> dict[str, Any]:
         return {}
 
 
-def missing_of(run: Found) -> list[str]:
+def missing_of(run: RunFiles) -> list[str]:
     """What a finished run would have, in sentences."""
     how = f"the run is {run.status}"
     step = run.metrics[-1]["step"] if run.metrics else 0
@@ -195,7 +195,7 @@ def missing_of(run: Found) -> list[str]:
     return found
 
 
-def lacks_features(run: Found) -> bool:
+def lacks_features(run: RunFiles) -> bool:
     """Whether a finished run has coefficients whose features nobody has described."""
     coefficients = any(key in run.summary for key in COEFFICIENT_KEYS) and (run.path / "adapter").is_dir()
     return run.job == POLICY and coefficients and not run.features
@@ -204,7 +204,7 @@ def lacks_features(run: Found) -> bool:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def name_apart(runs: Sequence[Found]) -> None:
+def name_apart(runs: Sequence[RunFiles]) -> None:
     """Call policies by their adapter where that tells them apart, else by their folder, else by their path.
 
     What measured a policy is called by the policy.
@@ -236,12 +236,12 @@ def place(path: Path) -> str:
     return f"{path.parent.name}/{path.name}" if path.name.isdigit() else path.name
 
 
-def adapter_of(run: Found) -> str:
+def adapter_of(run: RunFiles) -> str:
     """Kind of adapter, empty when unknown."""
     return str(run.summary.get("adapter") or run.settings.get("adapter.kind") or "")
 
 
-def owner(run: Found, policies: Sequence[Found]) -> Found | None:
+def owner(run: RunFiles, policies: Sequence[RunFiles]) -> RunFiles | None:
     """The policy that a run measured; by its place, or by its name where the folders were moved."""
     if run.policy is None:
         return None
@@ -251,7 +251,7 @@ def owner(run: Found, policies: Sequence[Found]) -> Found | None:
     return (exact or (alike if len(alike) == 1 else []) or [None])[0]
 
 
-def group(runs: Sequence[Found]) -> None:
+def group(runs: Sequence[RunFiles]) -> None:
     """Name the method of every run: its adapter, and the settings in which runs of that adapter differ.
 
     Rewards of other parts differ in everything: those are told apart by the names of their parts alone.

@@ -7,7 +7,7 @@ from typing import Any
 
 from saerl_cli.analysis.behaviour import gold_parts, one_feature, proxy_and_gold
 from saerl_cli.config.adapter import MOVED
-from saerl_cli.report.collect import MEASURED, POLICY, Found, owner
+from saerl_cli.report.collect import MEASURED, POLICY, RunFiles, owner
 from saerl_cli.rl.evaluation.behaviour import BEATEN, REWARD_ALONE, beaten, constants, warnings_of
 
 VALUES = 300_000
@@ -86,7 +86,7 @@ MAIN = 12
 """Metrics of METRICS that are kept where there are many runs."""
 
 
-def content(runs: Sequence[Found], frontiers: list[dict[str, Any]], command: str) -> dict[str, Any]:
+def content(runs: Sequence[RunFiles], frontiers: list[dict[str, Any]], command: str) -> dict[str, Any]:
     """Everything the page shows."""
     policies = [run for run in runs if run.job == POLICY]
     shown = [*policies, *(run for run in runs if run.job in MEASURED and owner(run, policies) is None)]
@@ -122,7 +122,7 @@ def content(runs: Sequence[Found], frontiers: list[dict[str, Any]], command: str
     }
 
 
-def each(runs: Sequence[Found], what: str, function: Callable[[Found], Any]) -> list[Any]:
+def each(runs: Sequence[RunFiles], what: str, function: Callable[[RunFiles], Any]) -> list[Any]:
     """What a function makes of each run, as far as it makes anything of it.
 
     Files of another version may be JSON of any shape: such a run is listed as lacking `what`, and the page goes on.
@@ -139,7 +139,7 @@ def each(runs: Sequence[Found], what: str, function: Callable[[Found], Any]) -> 
     return found
 
 
-def measurement(run: Found, runs: Sequence[Found]) -> Found | None:
+def measurement(run: RunFiles, runs: Sequence[RunFiles]) -> RunFiles | None:
     """The latest finished evaluation of a policy; itself where the policy's own run is not there."""
     if run.job == "evaluate":
         return run
@@ -147,7 +147,7 @@ def measurement(run: Found, runs: Sequence[Found]) -> Found | None:
     return max(own, key=lambda r: str(r.record.get("started", "")), default=None)
 
 
-def numbers_of(run: Found, measured: Found | None) -> dict[str, Any]:
+def numbers_of(run: RunFiles, measured: RunFiles | None) -> dict[str, Any]:
     """A policy's numbers: those of fresh samples where there are some, its cost from training."""
     fresh = measured.summary if measured else {}
     cost = {key: run.summary[key] for key in OF_TRAINING if run.job == POLICY and key in run.summary}
@@ -159,7 +159,7 @@ def numbers_of(run: Found, measured: Found | None) -> dict[str, Any]:
 # --- head ------------------------------------------------------------------------------------------------------------
 
 
-def title(shown: Sequence[Found], runs: Sequence[Found]) -> str:
+def title(shown: Sequence[RunFiles], runs: Sequence[RunFiles]) -> str:
     """The page's heading."""
     if len(shown) == 1:
         return f"RLHF run {shown[0].path.name}"
@@ -170,7 +170,7 @@ def title(shown: Sequence[Found], runs: Sequence[Found]) -> str:
     )
 
 
-def finding(run: Found, measured: Found | None) -> str:
+def finding(run: RunFiles, measured: RunFiles | None) -> str:
     """The result in a sentence; empty where there is none."""
     s = numbers_of(run, measured)
     if not all(isinstance(s.get(key), int | float) for key in ("reward_before", "reward_after", "reward_se", "kl")):
@@ -185,7 +185,7 @@ def finding(run: Found, measured: Found | None) -> str:
     return text + (f" {gone:.0%} of the curse words are gone." if isinstance(gone, float) and gone > 0 else "")
 
 
-def warnings(run: Found, measured: Found | None) -> list[dict[str, Any]]:
+def warnings(run: RunFiles, measured: RunFiles | None) -> list[dict[str, Any]]:
     """What a reader must know before believing a policy's numbers, the worst first: {run, text, rank}."""
     s, own, found = numbers_of(run, measured), run.summary, []
     if run.job == POLICY and own and not own.get("frozen_unchanged", True):
@@ -206,7 +206,7 @@ def said(numbers: Mapping[str, Any]) -> list[str]:
     return [*(w for w in written if not w.startswith(EARLIER)), *constants(numbers["behaviour"])]
 
 
-def numbers_table(shown: Sequence[Found], newest: Mapping[str, Found | None]) -> dict[str, Any]:
+def numbers_table(shown: Sequence[RunFiles], newest: Mapping[str, RunFiles | None]) -> dict[str, Any]:
     """The headline numbers, a row a policy: columns {label, form, help}, rows {..., cells}.
 
     A cell is [value, half its 95 % interval, the untouched model's]. A column that no run has is left out.
@@ -250,7 +250,7 @@ def number(value: Any) -> float | int | None:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Sequence[Found]) -> dict[str, Any]:
+def curves(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Learning curves: metrics [{key, label, help}], series [{run, group, seed, steps, values: {key: [...]}}]."""
     series = [part for run in runs for part in series_of(run)]
     present = dict.fromkeys(key for part in series for key in part["values"])
@@ -268,7 +268,7 @@ def curves(runs: Sequence[Found]) -> dict[str, Any]:
     return {"metrics": labels, "series": series, "thinned": most if thinned else None}
 
 
-def series_of(run: Found) -> list[dict[str, Any]]:
+def series_of(run: RunFiles) -> list[dict[str, Any]]:
     """The curves of a run; of SAE training one an SAE."""
     head = {"group": run.group, "seed": run.seed, "steps": [line["step"] for line in run.metrics]}
     keys = dict.fromkeys(key for line in run.metrics for key in line if key not in ("step", "phase"))
@@ -298,7 +298,7 @@ def thin(count: int, most: int) -> list[int]:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def samples(runs: Sequence[Found]) -> list[dict[str, Any]]:
+def samples(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Completions by run and step: {run, job, steps: [{step, rows: [[prompt, completion, reward, kl], ...]}]}."""
     budget = TEXT // max(1, len(runs))
     found = []
@@ -318,7 +318,7 @@ def samples(runs: Sequence[Found]) -> list[dict[str, Any]]:
 # --- features and audit ----------------------------------------------------------------------------------------------
 
 
-def features_of(run: Found) -> dict[str, Any] | None:
+def features_of(run: RunFiles) -> dict[str, Any] | None:
     """The features of a policy whose coefficient moved: columns site, feature, delta; `cards` by place in them."""
     if not run.features:
         return None
@@ -350,7 +350,7 @@ def features_of(run: Found) -> dict[str, Any] | None:
     }
 
 
-def audit_of(run: Found) -> dict[str, Any] | None:
+def audit_of(run: RunFiles) -> dict[str, Any] | None:
     """What audit.json says, as far as it is understood."""
     audit = run.audit
     if audit is None:
@@ -394,7 +394,7 @@ DETECTORS = (
 """Heading, key, digits, meaning."""
 
 
-def behaviour_of(run: Found, measured: Found | None, runs: Sequence[Found]) -> dict[str, Any] | None:
+def behaviour_of(run: RunFiles, measured: RunFiles | None, runs: Sequence[RunFiles]) -> dict[str, Any] | None:
     """Detectors before and after, what one token and one feature explain, the constants."""
     s = numbers_of(run, measured)
     found = s.get("behaviour") or {}
@@ -423,7 +423,7 @@ def behaviour_of(run: Found, measured: Found | None, runs: Sequence[Found]) -> d
     )
 
 
-def gold_of(run: Found) -> dict[str, Any] | None:
+def gold_of(run: RunFiles) -> dict[str, Any] | None:
     """Proxy and gold reward over training, where something is held out."""
     parts = gold_parts(run.settings)
     lines = proxy_and_gold(run.metrics, parts)
@@ -437,7 +437,7 @@ def gold_of(run: Found) -> dict[str, Any] | None:
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
-def comparison(run: Found) -> dict[str, Any]:
+def comparison(run: RunFiles) -> dict[str, Any]:
     """The table of a run of `saerl compare`."""
     keys = (
         "method",
@@ -455,7 +455,7 @@ def comparison(run: Found) -> dict[str, Any]:
     return cleaned({"run": str(run.path), "rows": rows} | {k: run.summary.get(k) for k in ("baseline", "note")})
 
 
-def other(run: Found) -> dict[str, Any]:
+def other(run: RunFiles) -> dict[str, Any]:
     """A run that is no policy: its job, status and plain numbers; of SAEs a line each."""
     parts = run.summary.get("saes") or {"": run.summary}
     lines = [
@@ -469,7 +469,7 @@ def other(run: Found) -> dict[str, Any]:
     return cleaned({"run": run.path.name, "job": run.job.replace("_", "-"), "status": run.status, "lines": lines})
 
 
-def provenance(run: Found) -> dict[str, Any]:
+def provenance(run: RunFiles) -> dict[str, Any]:
     """Everything needed to repeat a run."""
     facts = {k: v for k, v in run.record.items() if k not in ("command", "trainable", "trained_with")}
     return {

@@ -9,7 +9,7 @@ from math import log1p
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.analysis.features.find import Found
+from saerl_cli.analysis.features.find import FeatureResults
 from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.report import figures
 from saerl_cli.report.html import render
@@ -25,7 +25,7 @@ HISTOGRAM = (220, 44)
 """Width and height of the drawings on a card."""
 
 
-def write_page(found: Found, config: FeaturesConfig, folder: Path) -> None:
+def write_page(found: FeatureResults, config: FeaturesConfig, folder: Path) -> None:
     """Write features.html and histograms.csv."""
     write_text(folder / "features.html", page(found, config))
     figures.write_csv(folder / "histograms.csv", histogram_rows(found.features))
@@ -89,7 +89,7 @@ def shortened(label: str) -> str:
     return label if len(label) <= MOST_LETTERS else label[: MOST_LETTERS - 1] + "…"
 
 
-def notes(found: Found) -> list[str]:
+def notes(found: FeatureResults) -> list[str]:
     """What a reader must know before believing the table."""
     lines = []
     trivial = [site for site, about in found.sites.items() if about["trivial"]]
@@ -114,7 +114,7 @@ def notes(found: Found) -> list[str]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(found: Found, config: FeaturesConfig) -> str:
+def page(found: FeatureResults, config: FeaturesConfig) -> str:
     """features.html; everything that a model or a text wrote is escaped by the template."""
     shown = found.features[:MOST_CARDS]
     tokens = next(iter(found.sites.values()))["tokens"]

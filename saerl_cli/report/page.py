@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.report.collect import Found, collect
+from saerl_cli.report.collect import RunFiles, collect
 from saerl_cli.report.content import DETECTORS, FEW, content
 from saerl_cli.report.html import WEB, render
 from saerl_cli.report.panels import frontiers
@@ -61,7 +61,7 @@ def embedded(data: Any) -> str:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def save_figures(folder: Path, data: dict[str, Any], runs: Sequence[Found]) -> dict[str, list[str]]:
+def save_figures(folder: Path, data: dict[str, Any], runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     """Every figure as SVG and its data as CSV, tables as CSV; what was written, by figure."""
     from saerl_cli.report import figures
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from saerl_cli.analysis.compare import Method, by_seed, mean_curve
 from saerl_cli.analysis.evaluations import Evaluation, read_evaluation
-from saerl_cli.report.collect import POLICY, Found, owner
+from saerl_cli.report.collect import POLICY, RunFiles, owner
 from saerl_cli.report.content import FEW, cleaned, number, thin
 from saerl_cli.rl.evaluation.base import difference
 
@@ -14,7 +14,7 @@ NEEDED = ("kl_exact", "kl_exact_se", "reward", "reward_se", "gain", "gain_se")
 """Keys of a point of a frontier."""
 
 
-def frontiers(runs: Sequence[Found]) -> list[dict[str, Any]]:
+def frontiers(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Panels: {title, base_reward, series, means, optimum, ..., note}, evaluations first.
 
     A series is a run: {run, group, seed, points: [{step, kl, kl_se, reward, reward_se}], path: [[kl, reward], ...] of
@@ -28,7 +28,7 @@ def frontiers(runs: Sequence[Found]) -> list[dict[str, Any]]:
     return [*found, *([at_the_end(rest)] if rest else [])]
 
 
-def has_points(run: Found) -> bool:
+def has_points(run: RunFiles) -> bool:
     """Whether an evaluation has a frontier that this version understands."""
     points = run.summary.get("frontier")
     return bool(points) and all(
@@ -36,9 +36,9 @@ def has_points(run: Found) -> bool:
     )
 
 
-def comparable(runs: Sequence[Found]) -> list[list[Found]]:
+def comparable(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     """Evaluations sorted into those of one model, reward, prompts and sampling."""
-    found: list[list[Found]] = []
+    found: list[list[RunFiles]] = []
     for run in runs:
         own = run.summary.get("measured") or {}
         place = next((part for part in found if not difference(part[0].summary.get("measured") or {}, own)), None)
@@ -49,7 +49,7 @@ def comparable(runs: Sequence[Found]) -> list[list[Found]]:
     return found
 
 
-def panel(runs: Sequence[Found], policies: Sequence[Found]) -> dict[str, Any]:
+def panel(runs: Sequence[RunFiles], policies: Sequence[RunFiles]) -> dict[str, Any]:
     """One panel of evaluations."""
     base = runs[0].summary.get("reward_base", runs[0].summary.get("reward_before", 0.0))
     widest = max(runs, key=lambda run: run.summary.get("base_samples") or 0)
@@ -84,17 +84,17 @@ def panel(runs: Sequence[Found], policies: Sequence[Found]) -> dict[str, Any]:
     return cleaned(measured | limits | {"command": command})
 
 
-def evaluations(runs: Sequence[Found], group: str) -> list[Evaluation]:
+def evaluations(runs: Sequence[RunFiles], group: str) -> list[Evaluation]:
     """The evaluations of a method, one a seed."""
     return by_seed([read_evaluation(run.path, run.summary, run.settings) for run in runs if run.group == group])
 
 
-def head(run: Found) -> dict[str, Any]:
+def head(run: RunFiles) -> dict[str, Any]:
     """What names a series."""
     return {"run": run.name, "group": run.group, "seed": run.seed}
 
 
-def path(run: Found) -> list[list[float]]:
+def path(run: RunFiles) -> list[list[float]]:
     """KL and reward of the phases of training."""
     lines = [
         line for line in run.metrics if number(line.get("kl")) is not None and number(line.get("reward")) is not None
@@ -102,7 +102,7 @@ def path(run: Found) -> list[list[float]]:
     return [[lines[i]["kl"], lines[i]["reward"]] for i in thin(len(lines), 100)]
 
 
-def final_point(run: Found) -> dict[str, Any] | None:
+def final_point(run: RunFiles) -> dict[str, Any] | None:
     """Reward and KL at the end of training, on the run's own held-out prompts."""
     keys = {"reward": "reward_after", "reward_se": "reward_se", "kl": "kl", "kl_se": "kl_se"}
     point = {name: number(run.summary.get(key)) for name, key in keys.items()}
@@ -111,7 +111,7 @@ def final_point(run: Found) -> dict[str, Any] | None:
     return {"step": run.metrics[-1]["step"] if run.metrics else None, **point}
 
 
-def at_the_end(runs: Sequence[Found]) -> dict[str, Any]:
+def at_the_end(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """The panel of runs that nothing was evaluated of."""
     series = [head(r) | {"points": [final_point(r)], "path": path(r) if len(runs) <= FEW else []} for r in runs]
     return cleaned(

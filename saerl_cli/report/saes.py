@@ -15,7 +15,7 @@ from saerl_cli.report.html import render
 from saerl_cli.report.text import aligned, cell
 from saerl_cli.run.directory import versions
 from saerl_cli.run.files import write_text
-from saerl_cli.sae.evaluate import Evaluated
+from saerl_cli.sae.evaluate import SaeResults
 
 COLUMNS = (
     ("site", "site", "{}"),
@@ -36,7 +36,7 @@ Metrics = dict[str, dict[str, Any]]
 """Metrics by name of an SAE, or of a control."""
 
 
-def write_results(found: Evaluated, folder: Path, config: EvalSaeConfig) -> None:
+def write_results(found: SaeResults, folder: Path, config: EvalSaeConfig) -> None:
     """Write table.csv, figures/ and report.html into a folder."""
     everything = found.saes | found.controls
     plain = [
@@ -73,7 +73,7 @@ def table(rows: Metrics) -> list[list[str]]:
     return lines
 
 
-def print_tables(found: Evaluated) -> None:
+def print_tables(found: SaeResults) -> None:
     """Print the SAEs, then their controls."""
     print(aligned(table(found.saes), WORDS), flush=True)
     if found.controls:
@@ -173,7 +173,7 @@ def seeds(pair: Mapping[str, Any]) -> str:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def draw(found: Evaluated) -> dict[str, Any]:
+def draw(found: SaeResults) -> dict[str, Any]:
     """Figure name -> matplotlib figure."""
     everything = found.saes | found.controls
     return {
@@ -225,7 +225,7 @@ def density_rows(saes: Metrics) -> list[dict[str, Any]]:
 # --- page ------------------------------------------------------------------------------------------------------------
 
 
-def content(found: Evaluated, config: EvalSaeConfig) -> dict[str, Any]:
+def content(found: SaeResults, config: EvalSaeConfig) -> dict[str, Any]:
     """What the template shows beside the figures; all of it is escaped there."""
     tokens = max(metrics["tokens_heldout"] for metrics in found.saes.values())
     number = len(found.saes)

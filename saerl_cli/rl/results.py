@@ -42,9 +42,9 @@ class Audit:
     """first, second; joint: change when both are reverted; interaction: minus the sum of the two alone; kept_joint,
     kept_interaction: the same when they are all that is kept, against the reference."""
     shares: dict[str, Numbers] = field(default_factory=dict)
-    """by_kind, by_place, by_direction, by_role, by_attribute: {name: {features, attribution, share, effect_share}};
-    sums by the tokens that features fire on, by whether those are rewarded or come before a rewarded one, by whether they
-    write towards or away from rewarded ones, by the attribute they detect."""
+    """by_kind, by_place, by_direction, by_role, by_attribute: name -> features, attribution, share, effect_share.
+    Sums by the tokens that features fire on, by whether those are rewarded or come before a rewarded one, by whether
+    features write towards or away from rewarded ones, by the attribute they detect."""
     curves: dict[str, list[Numbers]] = field(default_factory=dict)
     """keep, remove, keep_by_effect, keep_random, keep_matched: {n, gain, share, share_se}, what is left of the gain if
     the first n are kept, removed, ...; controls also have `spread`, the standard deviation over draws, matched ones

@@ -142,7 +142,7 @@ def control_settings(config: dict[str, Any], tokens: int) -> SaeConfig | None:
 
 
 @dataclass
-class Evaluated:
+class SaeResults:
     """All that is known of some SAEs, as plain data but for the firing rates."""
 
     saes: dict[str, dict[str, Any]]
@@ -159,7 +159,7 @@ class Evaluated:
     """Share of the held-out tokens on which each feature fires, [d_sae] by name."""
 
 
-def evaluate(config: EvalSaeConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> Evaluated:
+def measure_saes(config: EvalSaeConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> SaeResults:
     """Load the model and its SAEs and measure them.
 
     Args:
@@ -199,7 +199,7 @@ def evaluate(config: EvalSaeConfig, device: Any, group: ProcessGroup = ONE_PROCE
     first = group.rank == 0
     probed = probes(config, model, data, loaded, sites, saes, length) if first else {}
     shards.barrier()
-    return Evaluated(
+    return SaeResults(
         saes={name: described(saes[name], sites) | metrics[name] for name in saes},
         controls=controls,
         stability=stability(saes, config.seed) if first else [],

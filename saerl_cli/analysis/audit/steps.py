@@ -55,7 +55,7 @@ Numbers = dict[str, Any]
 
 
 @dataclass
-class Setting:
+class AuditContext:
     """What every step needs."""
 
     config: AuditConfig
@@ -74,7 +74,7 @@ class Setting:
         return self.attributions.double().mean(0)
 
 
-def prepare(config: AuditConfig, run: Run, device: Any) -> Setting:
+def prepare(config: AuditConfig, run: Run, device: Any) -> AuditContext:
     """Load the policy, choose prompts, rank its features.
 
     Results of variants are kept in RUN/variants.jsonl, so that an audit that was killed goes on.
@@ -93,18 +93,18 @@ def prepare(config: AuditConfig, run: Run, device: Any) -> Setting:
     )  # fmt: skip
     order = attributions.double().mean(0).argsort(descending=True, stable=True).tolist()
     found = classify.firing(bench.policy, coefficients, bench.rows)
-    return Setting(config, bench, coefficients, variants, attributions, order, found)
+    return AuditContext(config, bench, coefficients, variants, attributions, order, found)
 
 
 def audit(config: AuditConfig, run: Run, device: Any) -> Audit:
     """Audit a policy."""
-    setting = prepare(config, run, device)
-    trained, coefficients = setting.bench.trained, setting.coefficients
-    gain, gain_numbers = gained(setting)
-    say(f"reverting {min(config.top, len(setting.order))} features one by one, {config.pairs} pairs")
-    reverts, pairs, shares = reverted(setting)
+    context = prepare(config, run, device)
+    trained, coefficients = context.bench.trained, context.coefficients
+    gain, gain_numbers = gained(context)
+    say(f"reverting {min(config.top, len(context.order))} features one by one, {config.pairs} pairs")
+    reverts, pairs, shares = reverted(context)
     say("keeping only the first features, and controls")
-    curves, carriers = kept(setting, gain)
+    curves, carriers = kept(context, gain)
     return Audit(
         version=AUDIT_VERSION,
         policy=str(Path(config.policy)),
@@ -118,15 +118,15 @@ def audit(config: AuditConfig, run: Run, device: Any) -> Audit:
             "moved": int(moved(coefficients.delta).sum()),
         },
         gain=gain_numbers,
-        completeness=completeness(setting, gain),
+        completeness=completeness(context, gain),
         reverts=reverts,
         pairs=pairs,
         shares=shares,
         curves=curves,
         needed=carriers,
-        side_effects=side_effects(setting, gain, carriers["90"]),
-        peers=[peer_numbers(setting, peer) for peer in config.peers],
-        attributions=by_site(setting),
+        side_effects=side_effects(context, gain, carriers["90"]),
+        peers=[peer_numbers(context, peer) for peer in config.peers],
+        attributions=by_site(context),
     )
 
 
@@ -169,38 +169,40 @@ def ranked(config: AuditConfig, bench: Bench, coefficients: Coefficients, sample
     return total
 
 
-def gained(setting: Setting) -> tuple[Gain, Numbers]:
+def gained(context: AuditContext) -> tuple[Gain, Numbers]:
     """The policy against its reference on the prompts that grade."""
-    one = torch.ones(len(setting.coefficients))
-    before, after = setting.variants.measured(0 * one), setting.variants.measured(one)
-    seed = setting.bench.sampling(REFERENCE).seed
-    again = [setting.variants.redrawn(0 * one, derived_seed(seed, i)) for i in range(REFERENCE_DRAWS)]
+    one = torch.ones(len(context.coefficients))
+    before, after = context.variants.measured(0 * one), context.variants.measured(one)
+    seed = context.bench.sampling(REFERENCE).seed
+    again = [context.variants.redrawn(0 * one, derived_seed(seed, i)) for i in range(REFERENCE_DRAWS)]
     expected = [sum(draws) / len(draws) for draws in zip(before.rewards, *again, strict=True)]
     gain = Gain(before.rewards, after.rewards, expected)
     numbers: Numbers = {}
     columns = {"reward_reference": expected, "reward": after.rewards, "kl": after.kl or [], "gain": gain.full}
     for name, values in columns.items():
         numbers[name], numbers[f"{name}_se"] = mean_and_error(values)
-    words = words_of(setting)
+    words = words_of(context)
     numbers["loss_reference"], numbers["loss"] = (sum(m.losses or []) / sum(words) for m in (before, after))
-    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, after.losses, before.losses)
+    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(context, after.losses, before.losses)
     return gain, numbers
 
 
-def words_of(setting: Setting) -> list[float]:
+def words_of(context: AuditContext) -> list[float]:
     """Tokens of every held-out row whose loss counts."""
-    rows = setting.bench.rows
+    rows = context.bench.rows
     return ((rows[:, :-1] != rows[0, 0]) | (rows[:, 1:] != rows[0, 0])).sum(1).double().tolist()
 
 
-def loss_change(setting: Setting, after: Sequence[float] | None, before: Sequence[float] | None) -> tuple[float, float]:
+def loss_change(
+    context: AuditContext, after: Sequence[float] | None, before: Sequence[float] | None
+) -> tuple[float, float]:
     """Change of the held-out loss a token, and its standard error over rows."""
-    return ratio([x - y for x, y in zip(after or [], before or [], strict=True)], words_of(setting))
+    return ratio([x - y for x, y in zip(after or [], before or [], strict=True)], words_of(context))
 
 
-def completeness(setting: Setting, gain: Gain) -> Numbers:
+def completeness(context: AuditContext, gain: Gain) -> Numbers:
     """The sum of all attributions against the gain; they come from different samples."""
-    whole, whole_se = mean_and_error(setting.attributions.double().sum(1).tolist())
+    whole, whole_se = mean_and_error(context.attributions.double().sum(1).tolist())
     mean, error = mean_and_error(gain.full)
     numbers = {"attributed": whole, "attributed_se": whole_se}
     return numbers | {"difference": whole - mean, "difference_se": math.hypot(whole_se, error)}
@@ -209,49 +211,49 @@ def completeness(setting: Setting, gain: Gain) -> Numbers:
 # --- reverting -------------------------------------------------------------------------------------------------------
 
 
-def reverted(setting: Setting) -> tuple[list[Numbers], list[Numbers], Numbers]:
+def reverted(context: AuditContext) -> tuple[list[Numbers], list[Numbers], Numbers]:
     """`reverts`, `pairs` and `shares`: what the first features and those asked for do, and what all of them are."""
-    config, order, coefficients = setting.config, setting.order, setting.coefficients
+    config, order, coefficients = context.config, context.order, context.coefficients
     sizes = dict(zip(coefficients.sites, coefficients.sizes, strict=True))
-    wanted = select(config.features, "features", setting.bench.trained.adapter.saes, sizes)
+    wanted = select(config.features, "features", context.bench.trained.adapter.saes, sizes)
     asked = {f"{site}:{feature}" for site, features in wanted.items() for feature in features}
     names = {coefficients.name(i): i for i in order} if asked else {}
     for name in sorted(asked - names.keys()):
         say(f"{name} is untouched: reverting it changes nothing")
     chosen = list(dict.fromkeys([*order[: config.top], *(names[name] for name in sorted(asked & names.keys()))]))
-    described, shares = classified(setting, chosen)
+    described, shares = classified(context, chosen)
     one = torch.ones(len(coefficients))
-    policy = setting.variants.measured(one)
+    policy = context.variants.measured(one)
     rows = []
     for i in chosen:
-        without = setting.variants.measured(one - unit(i, one))
+        without = context.variants.measured(one - unit(i, one))
         row: Numbers = {"site": coefficients.sites[int(coefficients.site[i])]}
         row |= {"feature": int(coefficients.feature[i]), "delta": float(coefficients.delta[i])}
-        values = setting.attributions[:, i].double().tolist()
+        values = context.attributions[:, i].double().tolist()
         row["attribution"], row["attribution_se"] = mean_and_error(values)
-        row["share"] = row["attribution"] / (float(setting.mean.sum()) or 1.0)
-        row["effect"] = float(setting.found.effect[i])
+        row["share"] = row["attribution"] / (float(context.mean.sum()) or 1.0)
+        row["effect"] = float(context.found.effect[i])
         row["reward"], row["reward_se"] = difference(without.rewards, policy.rewards)
         row["kl"], row["kl_se"] = difference(without.kl or [], policy.kl or [])
-        row["loss"], row["loss_se"] = loss_change(setting, without.losses, policy.losses)
+        row["loss"], row["loss_se"] = loss_change(context, without.losses, policy.losses)
         rows.append(row | described[i])
-    pairs = [pair_numbers(setting, i, j) for i, j in first_pairs(order[: config.top], config.pairs)]
+    pairs = [pair_numbers(context, i, j) for i, j in first_pairs(order[: config.top], config.pairs)]
     return rows, pairs, shares
 
 
-def pair_numbers(setting: Setting, i: int, j: int) -> Numbers:
+def pair_numbers(context: AuditContext, i: int, j: int) -> Numbers:
     """What reverting two features, and keeping nothing but two, does beyond doing so with each."""
-    one, coefficients = torch.ones(len(setting.coefficients)), setting.coefficients
+    one, coefficients = torch.ones(len(context.coefficients)), context.coefficients
     numbers: Numbers = {"first": coefficients.name(i), "second": coefficients.name(j)}
     first, second = unit(i, one), unit(j, one)
     for prefix, start, sign in (("", one, -1), ("kept_", 0 * one, 1)):
         whole = not prefix  # single reverts have been measured in full
-        without = setting.variants.measured(start).rewards
+        without = context.variants.measured(start).rewards
         one_alone, other_alone = (
-            setting.variants.measured(start + sign * at).rewards if whole else setting.variants.rewards(start + at)
+            context.variants.measured(start + sign * at).rewards if whole else context.variants.rewards(start + at)
             for at in (first, second)
         )
-        both = setting.variants.rewards(start + sign * (first + second))
+        both = context.variants.rewards(start + sign * (first + second))
         numbers[f"{prefix}joint"], numbers[f"{prefix}joint_se"] = difference(both, without)
         extra, extra_se = mean_and_error(interaction(without, one_alone, other_alone, both))
         numbers |= {f"{prefix}interaction": extra, f"{prefix}interaction_se": extra_se}
@@ -274,29 +276,29 @@ def first_pairs(order: Sequence[int], count: int) -> list[tuple[int, int]]:
 # --- what features are -----------------------------------------------------------------------------------------------
 
 
-def classified(setting: Setting, chosen: Sequence[int]) -> tuple[dict[int, Numbers], Numbers]:
+def classified(context: AuditContext, chosen: Sequence[int]) -> tuple[dict[int, Numbers], Numbers]:
     """What the chosen features are, and the share of the gain on features of every kind."""
-    bench, found, config = setting.bench, setting.found, setting.config
+    bench, found, config = context.bench, context.found, context.config
     tokenizer, trained = bench.policy.tokenizer, bench.trained
     rewarded = classify.rewarded_tokens(trained.reward, tokenizer)
     kind = classify.token_kinds(found, tokenizer, rewarded)
     labels: dict[str, Sequence[Any]] = {"kind": kind}
-    shares: Numbers = {"by_kind": classify.sums_by(kind, setting.attributions, found.effect)}
+    shares: Numbers = {"by_kind": classify.sums_by(kind, context.attributions, found.effect)}
     if rewarded:
         place = classify.places(found, rewarded)
-        shares["by_place"] = classify.sums_by(place, setting.attributions, found.effect)
+        shares["by_place"] = classify.sums_by(place, context.attributions, found.effect)
         direction = labels["writes"] = classify.direction_names(
-            classify.writes(bench.policy, setting.coefficients, rewarded)
+            classify.writes(bench.policy, context.coefficients, rewarded)
         )
-        shares["by_direction"] = classify.sums_by(direction, setting.attributions, found.effect)
+        shares["by_direction"] = classify.sums_by(direction, context.attributions, found.effect)
     if trained.model.kind is ModelKind.planted:
         grades = classify.attributes_of(found, tokenizer)
         labels["attribute"] = [name if grade >= config.f1 else "" for name, grade in grades]
         labels["f1"] = [grade for _, grade in grades]
         role = classify.roles(grades, rewarded_attributes(trained.reward), config.f1)
-        shares["by_role"] = classify.sums_by(role, setting.attributions, found.effect)
+        shares["by_role"] = classify.sums_by(role, context.attributions, found.effect)
         names = [name or "unassigned" for name in labels["attribute"]]
-        shares["by_attribute"] = classify.sums_by(names, setting.attributions, found.effect)
+        shares["by_attribute"] = classify.sums_by(names, context.attributions, found.effect)
     fired = classify.fires_on(found, tokenizer, chosen)
     return {i: {"fires_on": fired[i], **{key: values[i] for key, values in labels.items()}} for i in chosen}, shares
 
@@ -309,10 +311,10 @@ def rewarded_attributes(reward: RewardConfig) -> set[str]:
 # --- keeping only ----------------------------------------------------------------------------------------------------
 
 
-def kept(setting: Setting, gain: Gain) -> tuple[dict[str, list[Numbers]], dict[str, Numbers | None]]:
+def kept(context: AuditContext, gain: Gain) -> tuple[dict[str, list[Numbers]], dict[str, Numbers | None]]:
     """`curves` and `needed`: what is left of the gain with the first features alone, without them, and of controls."""
-    config, variants, order = setting.config, setting.variants, setting.order
-    total, effect = len(order), setting.found.effect.tolist()
+    config, variants, order = context.config, context.variants, context.order
+    total, effect = len(order), context.found.effect.tolist()
     points, coarse = grid(total), coarse_grid(total)
     keep = curve(variants, gain, order, points)
     found = {f"{share:.0%}".rstrip("%"): needed(keep, share) for share in SHARES}
@@ -351,53 +353,53 @@ def kept(setting: Setting, gain: Gain) -> tuple[dict[str, list[Numbers]], dict[s
 # --- side effects ----------------------------------------------------------------------------------------------------
 
 
-def side_effects(setting: Setting, gain: Gain, needed_90: Numbers | None) -> Numbers:
+def side_effects(context: AuditContext, gain: Gain, needed_90: Numbers | None) -> Numbers:
     """What else changed, for the policy and for the fewest features that carry 90 % of its gain."""
-    total = len(setting.coefficients)
+    total = len(context.coefficients)
     nothing = torch.zeros(total)
-    before, again = written(setting, nothing), written(setting, nothing, NULL)
+    before, again = written(context, nothing), written(context, nothing, NULL)
     chosen = {"full": torch.ones(total)}
     if needed_90:
-        chosen["needed_90"] = only(setting.order, needed_90["n"], total)
-    found = {name: spent(setting, gain, scale, before, written(setting, scale)) for name, scale in chosen.items()}
-    if setting.bench.trained.model.kind is ModelKind.planted:  # the ratio that sampling alone would show
+        chosen["needed_90"] = only(context.order, needed_90["n"], total)
+    found = {name: spent(context, gain, scale, before, written(context, scale)) for name, scale in chosen.items()}
+    if context.bench.trained.model.kind is ModelKind.planted:  # the ratio that sampling alone would show
         for entry in found.values():
-            entry["ratio_by_chance"] = other_change(setting, before, again) / (abs(entry["rewarded_change"]) or 1.0)
+            entry["ratio_by_chance"] = other_change(context, before, again) / (abs(entry["rewarded_change"]) or 1.0)
     return found
 
 
-def written(setting: Setting, scale: Tensor, purpose: int = GRADING) -> Samples:
+def written(context: AuditContext, scale: Tensor, purpose: int = GRADING) -> Samples:
     """What a variant writes on the prompts that grade, with the random numbers of all variants or others."""
-    bench, variants, how = setting.bench, setting.variants, setting.bench.sampling(purpose)
+    bench, variants, how = context.bench, context.variants, context.bench.sampling(purpose)
     policy, ids = bench.policy, variants.measured(scale).completion_ids or []
     if purpose != GRADING:
-        with scaled(policy.model, setting.coefficients, scale):
+        with scaled(policy.model, context.coefficients, scale):
             settings = (how.max_new_tokens, how.temperature, how.batch_size, how.seed)
             ids = generate(policy.model, variants.prompts, policy.tokenizer, policy.eos_token_ids, *settings)
     return Samples(list(variants.prompts), ids, policy.tokenizer.batch_decode(ids, skip_special_tokens=True), {})
 
 
-def spent(setting: Setting, gain: Gain, scale: Tensor, before: Samples, after: Samples) -> Numbers:
+def spent(context: AuditContext, gain: Gain, scale: Tensor, before: Samples, after: Samples) -> Numbers:
     """KL, held-out loss, attributes, length and variety that a variant's gain was bought with."""
-    variants = setting.variants
+    variants = context.variants
     measured, base = variants.measured(scale), variants.measured(torch.zeros_like(scale))
     numbers: Numbers = {}
     gains = gain.over(measured.rewards)
     numbers["gain"], numbers["gain_se"] = mean_and_error(gains)
     numbers["kl"], numbers["kl_se"] = mean_and_error(measured.kl or [])
-    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(setting, measured.losses, base.losses)
+    numbers["loss_increase"], numbers["loss_increase_se"] = loss_change(context, measured.losses, base.losses)
     per_gain, per_gain_se = ratio(measured.kl or [], gains)
     numbers |= {"kl_per_gain": per_gain, "kl_per_gain_se": per_gain_se}
     numbers |= quotient(numbers, "loss_increase", "gain", "loss_per_gain")
     numbers["length"], numbers["length_se"] = difference(after.lengths, before.lengths)
-    ends = setting.bench.policy.eos_token_ids
+    ends = context.bench.policy.eos_token_ids
     numbers["distinct_2"] = describe(after, ends)["distinct_2"] - describe(before, ends)["distinct_2"]
-    if setting.bench.trained.model.kind is ModelKind.planted:
+    if context.bench.trained.model.kind is ModelKind.planted:
         old, new = attribute_shares(before), attribute_shares(after)
         numbers["attributes"] = {name: new[name]["share"] - old[name]["share"] for name in new}
-        rewarded = rewarded_attributes(setting.bench.trained.reward)
+        rewarded = rewarded_attributes(context.bench.trained.reward)
         numbers["rewarded_change"] = sum(numbers["attributes"][name] for name in rewarded)
-        numbers["ratio"] = other_change(setting, before, after) / (abs(numbers["rewarded_change"]) or 1.0)
+        numbers["ratio"] = other_change(context, before, after) / (abs(numbers["rewarded_change"]) or 1.0)
     return numbers
 
 
@@ -409,9 +411,9 @@ def quotient(numbers: Numbers, top: str, bottom: str, name: str) -> Numbers:
     return {name: a / b, f"{name}_se": math.hypot(numbers[f"{top}_se"] / b, a * numbers[f"{bottom}_se"] / b**2)}
 
 
-def other_change(setting: Setting, before: Samples, after: Samples) -> float:
+def other_change(context: AuditContext, before: Samples, after: Samples) -> float:
     """Summed absolute change of the shares of words that carry attributes which are not rewarded."""
-    rewarded = rewarded_attributes(setting.bench.trained.reward)
+    rewarded = rewarded_attributes(context.bench.trained.reward)
     old, new = attribute_shares(before), attribute_shares(after)
     names = [name for name in old if name not in rewarded and not name.startswith("after_")]
     return sum(abs(new[name]["share"] - old[name]["share"]) for name in names)
@@ -420,9 +422,9 @@ def other_change(setting: Setting, before: Samples, after: Samples) -> float:
 # --- other runs ------------------------------------------------------------------------------------------------------
 
 
-def peer_numbers(setting: Setting, peer: str) -> Numbers:
+def peer_numbers(context: AuditContext, peer: str) -> Numbers:
     """How far a peer's coefficients, and its attributions where it has been audited, agree with the policy's."""
-    own, other = (deltas_of(path, run_config(path)) for path in (setting.config.policy, peer))
+    own, other = (deltas_of(path, run_config(path)) for path in (context.config.policy, peer))
     sites: Numbers = {}
     for site, delta in own.items():
         k = min(OVERLAP, len(delta) // 10 or 1)
@@ -434,17 +436,17 @@ def peer_numbers(setting: Setting, peer: str) -> Numbers:
     audited = read_audit(file) if file.is_file() else Audit()
     if audited.version == AUDIT_VERSION:
         theirs = torch.cat([torch.tensor(audited.attributions[site]) for site in own])
-        ours = torch.cat([torch.tensor(row) for row in by_site(setting).values()])
+        ours = torch.cat([torch.tensor(row) for row in by_site(context).values()])
         numbers |= {"attribution": spearman(ours, theirs), "attribution_top": top_overlap(ours, theirs, OVERLAP)}
     return numbers
 
 
-def by_site(setting: Setting) -> dict[str, list[float]]:
+def by_site(context: AuditContext) -> dict[str, list[float]]:
     """Attribution of every feature by site, to four digits; untouched features have none, which is 0."""
-    coefficients, found = setting.coefficients, {}
+    coefficients, found = context.coefficients, {}
     for site, size in zip(coefficients.sites, coefficients.sizes, strict=True):
         row, here = [0.0] * size, coefficients.at(site)
-        for feature, value in zip(coefficients.feature[here].tolist(), setting.mean[here].tolist(), strict=True):
+        for feature, value in zip(coefficients.feature[here].tolist(), context.mean[here].tolist(), strict=True):
             row[feature] = float(f"{value:.4g}")
         found[site] = row
     return found

@@ -24,7 +24,7 @@ the gain is against it, so that its luck would be that of the whole audit."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class VariantResult:
     """A variant on every prompt."""
 
     rewards: list[float]
@@ -53,13 +53,13 @@ class Variants:
         self.policy, self.reward, self.prompts, self.rows, self.how = policy, reward, prompts, rows, how
         self.coefficients, self.file = coefficients, file
         known = read_jsonl(file) if file else []
-        self.known: dict[str, Measured] = {line.pop("variant"): Measured(**line) for line in known}
+        self.known: dict[str, VariantResult] = {line.pop("variant"): VariantResult(**line) for line in known}
 
     def rewards(self, scale: Tensor) -> list[float]:
         """Reward of one completion a prompt, of the policy with coefficients times `scale`, [F]."""
         return self._once(scale, "reward", self._rewards).rewards
 
-    def measured(self, scale: Tensor) -> Measured:
+    def measured(self, scale: Tensor) -> VariantResult:
         """Reward, KL and held-out loss of the policy with coefficients times `scale`, [F]."""
         return self._once(scale, "all", self._all)
 
@@ -67,7 +67,7 @@ class Variants:
         """As `rewards`, with other random numbers."""
         return self._once(scale, f"reward with seed {seed}", lambda: self._rewards(seed)).rewards
 
-    def _once(self, scale: Tensor, what: str, measure: Callable[[], Measured]) -> Measured:
+    def _once(self, scale: Tensor, what: str, measure: Callable[[], VariantResult]) -> VariantResult:
         key = hashlib.sha256(what.encode() + scale.float().numpy().tobytes()).hexdigest()[:16]
         if key not in self.known:
             with scaled(self.policy.model, self.coefficients, scale):
@@ -76,7 +76,7 @@ class Variants:
                 append_jsonl(self.file, {"variant": key, **asdict(self.known[key])})
         return self.known[key]
 
-    def _rewards(self, seed: int | None = None) -> Measured:
+    def _rewards(self, seed: int | None = None) -> VariantResult:
         policy, how = self.policy, self.how
         ids = generate(
             policy.model, self.prompts, policy.tokenizer, policy.eos_token_ids, how.max_new_tokens, how.temperature,
@@ -84,11 +84,11 @@ class Variants:
         )  # fmt: skip
         texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [p.text for p in self.prompts]
-        return Measured(self.reward.score(prompts, texts, ids, [p.answer for p in self.prompts])[TOTAL])
+        return VariantResult(self.reward.score(prompts, texts, ids, [p.answer for p in self.prompts])[TOTAL])
 
-    def _all(self) -> Measured:
+    def _all(self) -> VariantResult:
         samples = draw(self.policy, self.reward, self.prompts, self.how)
-        return Measured(
+        return VariantResult(
             samples.scores[TOTAL], samples.kl_exact, row_losses(self.policy.model, self.rows), samples.completion_ids
         )
 

@@ -33,7 +33,7 @@ from saerl_cli.sae.metrics import density
 
 
 @dataclass
-class Bench:
+class FeatureContext:
     """What features are read with."""
 
     config: FeaturesConfig
@@ -49,7 +49,7 @@ class Bench:
 
 
 @dataclass
-class Found:
+class FeatureResults:
     """All that is known of some features, as plain data but for the densities."""
 
     features: list[dict[str, Any]]
@@ -60,37 +60,37 @@ class Found:
     """For labels.json."""
     inputs: dict[str, Any]
     """The model, the SAEs and the policy by hash."""
-    bench: Bench
+    context: FeatureContext
 
 
-def find(config: FeaturesConfig, device: Any) -> Found:
+def find(config: FeaturesConfig, device: Any) -> FeatureResults:
     """Load the model and its SAEs, read the text, describe the features.
 
     Raises:
         ValueError: what `check` could not see without loading the model.
     """
-    bench = build_bench(config, device)
-    features = described(bench)
+    context = build_context(config, device)
+    features = described(context)
     explain_all(features, config.explain, device)
-    imported = read_labels(config.labels, bench.plan.sizes) if config.labels is not None else {}
+    imported = read_labels(config.labels, context.plan.sizes) if config.labels is not None else {}
     put_labels(features, imported)
     for one in features:
         one["contexts"] = one["contexts"][: config.contexts]
         for key in ("drawn", "silent"):  # what the explainer was judged by
             one.pop(key, None)
-    if bench.plan.trained is not None:
-        before_and_after(bench, bench.plan.trained, features)
-    loaded, saes = bench.loaded, bench.plan.saes
+    if context.plan.trained is not None:
+        before_and_after(context, context.plan.trained, features)
+    loaded, saes = context.loaded, context.plan.saes
     inputs = {
         "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
         "sae": {name: {"path": str(path), "sha256": sae_sha256(path)} for name, path in saes.items()},
         "policy": config.policy,
     }
-    facts = {name: site_facts(source, bench.censuses[name]) for name, source in bench.sources.items()}
-    return Found(features, facts, as_file(features, imported), inputs, bench)
+    facts = {name: site_facts(source, context.censuses[name]) for name, source in context.sources.items()}
+    return FeatureResults(features, facts, as_file(features, imported), inputs, context)
 
 
-def build_bench(config: FeaturesConfig, device: Any) -> Bench:
+def build_context(config: FeaturesConfig, device: Any) -> FeatureContext:
     """Load the model and the SAEs, and count what every feature does."""
     plan = plan_of(config)
     loaded = load_model(plan.model, device)
@@ -103,53 +103,55 @@ def build_bench(config: FeaturesConfig, device: Any) -> Bench:
     say(f"reading {text.tokens:,} held-out tokens for {sum(plan.sizes.values()):,} features")
     censuses = {name: take_census(source, text) for name, source in sources.items()}
     deltas = read_deltas(policy_folder(str(config.policy), plan.trained)) if plan.trained else {}
-    return Bench(config, plan, loaded, text, sources, censuses, {n: d for n, d in deltas.items() if n in sources})
+    return FeatureContext(
+        config, plan, loaded, text, sources, censuses, {n: d for n, d in deltas.items() if n in sources}
+    )
 
 
-def described(bench: Bench) -> list[dict[str, Any]]:
+def described(context: FeatureContext) -> list[dict[str, Any]]:
     """The dictionaries of the features chosen, of a policy with their coefficients."""
-    config, explain = bench.config, bench.config.explain
+    config, explain = context.config, context.config.explain
     depth = Depth(
         contexts=max(config.contexts, explain.shown if explain.on else 0),
         quantiles=config.quantiles,
         silent=explain.judged if explain.on else 0,
         seed=config.seed,
-        attributes=bench.plan.model.kind is ModelKind.planted,
+        attributes=context.plan.model.kind is ModelKind.planted,
         dashboards=config.neuronpedia,
     )
-    chosen = choose(bench)
+    chosen = choose(context)
     say(f"describing {sum(map(len, chosen.values())):,} of them")
     features = []
     for name, ids in chosen.items():
-        source, census = bench.sources[name], bench.censuses[name]
-        features += describe_features(source, bench.loaded, bench.text, census, ids, depth)
-    if bench.plan.trained is not None:
-        paths = coefficient_paths(str(config.policy), bench.plan.trained, bench.deltas)
-        put_deltas(features, bench.deltas, paths)
+        source, census = context.sources[name], context.censuses[name]
+        features += describe_features(source, context.loaded, context.text, census, ids, depth)
+    if context.plan.trained is not None:
+        paths = coefficient_paths(str(config.policy), context.plan.trained, context.deltas)
+        put_deltas(features, context.deltas, paths)
         if config.ids is None:
             features.sort(key=lambda one: -one["effect"])
     return features
 
 
-def choose(bench: Bench) -> dict[str, list[int]]:
+def choose(context: FeatureContext) -> dict[str, list[int]]:
     """Choose features by site: those asked for; of a policy those that moved; those that write most first."""
-    config, ids = bench.config, bench.plan.ids
+    config, ids = context.config, context.plan.ids
     if ids is not None:
-        return {site: sorted(ids[site]) for site in bench.sources if site in ids}
-    if bench.plan.trained is not None:
-        return strongest(bench.sources, bench.censuses, bench.deltas, config.count)
+        return {site: sorted(ids[site]) for site in context.sources if site in ids}
+    if context.plan.trained is not None:
+        return strongest(context.sources, context.censuses, context.deltas, config.count)
     chosen = {}
-    for name, source in bench.sources.items():
-        effect = bench.censuses[name].mean * source.sae.W_dec.norm(dim=-1)
+    for name, source in context.sources.items():
+        effect = context.censuses[name].mean * source.sae.W_dec.norm(dim=-1)
         chosen[name] = effect.topk(min(config.count, len(effect))).indices.tolist()
     return chosen
 
 
-def before_and_after(bench: Bench, trained: RlhfConfig, features: list[dict[str, Any]]) -> None:
+def before_and_after(context: FeatureContext, trained: RlhfConfig, features: list[dict[str, Any]]) -> None:
     """What the policy makes of the features: on the same text, and in completions of its own."""
-    config, loaded = bench.config, bench.loaded
+    config, loaded = context.config, context.loaded
     policy = adapter_policy(loaded, policy_folder(str(config.policy), trained), trained.adapter.splice)
-    put_heldout(features, policy, bench.sources, bench.text)
+    put_heldout(features, policy, context.sources, context.text)
     if config.samples == 0:
         return
     say(f"sampling {config.samples} completions from the policy and from its reference")
@@ -160,7 +162,7 @@ def before_and_after(bench: Bench, trained: RlhfConfig, features: list[dict[str,
         before = generate(reference, prompts, *how, config.seed)
     after = generate(policy.model, prompts, *how, config.seed)
     texts = completions_text(prompts, before, policy.tokenizer), completions_text(prompts, after, policy.tokenizer)
-    put_samples(features, policy, bench.sources, *texts, max(1, config.contexts // 2))
+    put_samples(features, policy, context.sources, *texts, max(1, config.contexts // 2))
 
 
 def site_facts(source: Source, census: Census) -> dict[str, Any]:
