@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from saerl_cli.rewards.kinds import KINDS
 from saerl_cli.run import bridge
 from saerl_cli.run.files import write_json
 from saerl_cli.run.jobs import JOBS
@@ -92,8 +93,9 @@ def test_help_of_a_command_lists_its_settings_with_their_docstrings(saerl, name)
 def test_groups_and_nested_settings_are_in_the_help(saerl):
     shown = saerl("rlhf", "--help").stdout
     assert re.search(r"model=hub \| local \| planted \| pythia-14m \| .*pythia-12b", " ".join(shown.split()))
-    assert "algo.kl_coef=0.05: beta" in shown
-    assert "reward.parts.NAME.kind= (planted, lexicon, vader, hf, python, count, heavy, verifier)" in shown
+    assert "algo.kl_coef=0.05 (> 0): beta" in shown
+    kinds = " ".join(shown.split()).split("reward.parts.NAME.kind=: ")[1].split(" reward.parts.NAME.weight=")[0]
+    assert all(f"{kind} (" in kinds for kind in KINDS)
 
 
 @pytest.mark.parametrize("name", JOBS)
