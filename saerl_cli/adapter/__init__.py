@@ -1,5 +1,8 @@
 """SAE feature coefficients as a PEFT method, and what they are compared with.
 
+A method is a folder as in PEFT: config.py layer.py model.py, on `tuner.py` where it acts on the outputs of modules, and
+a line at the end of this file. The walk "to add an adapter" is in `saerl_cli.rl.adapters`, whose checks load no torch.
+
 Importing this package makes our methods known to PEFT: adapters of the kinds `SPARSE_COEFFS` and `ACTIVATION_VECTOR`
 then load with `PeftModel.from_pretrained` and every other door of PEFT. So do, with `AutoModelForCausalLM`, models that
 `saerl export --to model` wrote.

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saerl_cli.adapter.activation_vector import config as activation_vector
 from saerl_cli.adapter.coefficients.config import PEFT_TYPE, SparseCoeffConfig
 from saerl_cli.adapter.coefficients.gates import gate
 from saerl_cli.adapter.coefficients.model import SparseCoeffModel
@@ -89,12 +88,17 @@ def readme(kind: Any) -> str:
     """README.md of an adapter folder."""
     if kind == PEFT_TYPE:
         return README
-    name, ours = getattr(kind, "value", kind), kind == activation_vector.PEFT_TYPE
+    ours = is_ours(kind)
     return PLAIN_README.format(
-        kind=name,
+        kind=getattr(kind, "value", kind),
         ours=", which the package saerl defines" if ours else "",
         imports="    import saerl_cli.adapter  # makes the kind known to PEFT\n" if ours else "",
     )
+
+
+def is_ours(kind: Any) -> bool:
+    """Whether a PEFT method is defined here, so that loading it takes `import saerl_cli.adapter`."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[kind].__module__.startswith(f"{__package__}.")
 
 
 def check_adapter(folder: Path | str) -> SparseCoeffConfig:

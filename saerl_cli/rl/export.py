@@ -128,8 +128,10 @@ def write_peft(source: Source, folder: Path) -> list[str]:
     if has_coefficients(source.folder):
         return write_coefficients(source.folder, folder, compact=False)
     shutil.copytree(source.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+    from saerl_cli.adapter.files import is_ours
+
     kind = read_json(source.folder / CONFIG)["peft_type"]
-    return [f"PEFT adapter of kind {kind} -> {{out}}", "", *recipe(ours=kind == "ACTIVATION_VECTOR")]
+    return [f"PEFT adapter of kind {kind} -> {{out}}", "", *recipe(is_ours(kind))]
 
 
 def refuse_full(source: Source, to: str) -> None:
