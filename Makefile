@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 FAST := not slow and not gpu and not slurm and not browser
 CODE := saerl_cli tests experiments
 
@@ -26,10 +27,10 @@ reproduce-%: $(READY) ## Repeat an experiment and compare: make reproduce-001-de
 	$(BIN)/saerl reproduce $* $(ARGS)
 
 test: check ## Check, then run the default tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
+	$(TEST) -m "$(FAST)"
 
 test-slow: $(READY) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not slurm and not browser"
+	$(TEST) -m "slow and not gpu and not slurm and not browser"
 
 test-dist: $(READY) ## Run the tests that start two processes
 	$(BIN)/python -m pytest -m "dist and not gpu and not slurm"

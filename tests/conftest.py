@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -70,15 +71,59 @@ def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def saerl(empty_place: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the real command in a process of its own, in an empty directory: `saerl("rlhf", "seed=1").returncode`."""
+    """Run the command in a process of its own, in an empty directory: `saerl("rlhf", "seed=1").returncode`."""
 
     def run(*words: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "saerl_cli.cli", *words],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=os.environ | env,
-        )
+        return commands.start("-m", "saerl_cli.cli", *words, timeout=timeout, **env)
 
     return run
+
+
+# --- what tests take -------------------------------------------------------------------------------------------------
+
+SECONDS = {
+    "test_reproduce_small.py": 300,
+    "test_shards.py": 230,
+    "test_rl_dist.py": 120,
+    "test_sweep.py": 120,
+    "test_readme.py": 110,
+    "test_processes.py": 90,
+    "test_run_launch.py": 70,
+    "test_sae_job.py": 60,
+    "test_plan.py": 60,
+    "test_rl_algos.py": 60,
+    "test_reproduce.py": 50,
+    "test_benchmark.py": 40,
+    "test_refusals.py": 35,
+    "test_cli.py": 35,
+    "test_evaluate.py": 35,
+    "test_rl_algo_job.py": 30,
+    "test_rl_trainer.py": 30,
+}
+"""What files that take long may take on an idle machine, their slow tests included; the longest begin first."""
+OTHERS_S = 25
+"""What any other file may take."""
+_took: dict[str, float] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers end together when the longest files begin first; within a file the order stays."""
+    items.sort(key=lambda item: -SECONDS.get(item.path.name, 0))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what the tests of a file take."""
+    file = report.nodeid.split("::")[0].rsplit("/", 1)[-1]
+    _took[file] = _took.get(file, 0.0) + report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the slowest files, and those that take more than twice what they may: a warning, as machines are busy."""
+    slowest = sorted(_took, key=lambda file: -_took[file])[:10]
+    if sum(_took.values()) < 60:
+        return
+    terminalreporter.section("slowest files")
+    for file in slowest:
+        most = SECONDS.get(file, OTHERS_S)
+        late = f", more than twice the {most:.0f} s of its budget" if _took[file] > 2 * most else ""
+        terminalreporter.write_line(f"{_took[file]:6.1f} s  {file}{late}", yellow=bool(late))

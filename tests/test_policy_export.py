@@ -87,33 +87,36 @@ def test_an_exported_model_is_the_policy(tmp_path, kind):
 
 LOAD = """\
 import sys, torch
-{imports}
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(info.values()), info
-assert AutoTokenizer.from_pretrained(sys.argv[1]).eos_token == "<eos>"
-with torch.no_grad():
-    torch.save(model(torch.tensor(eval(sys.argv[2]))).logits, sys.argv[3])
-assert "peft" not in sys.modules or {ours}
-assert "saerl_cli" not in sys.modules or {ours}
+
+def save_logits(folder, ids, file):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+    with torch.no_grad():
+        torch.save(model(torch.tensor(eval(ids))).logits, file)
+
+save_logits(*sys.argv[1:4])
+assert not {"peft", "saerl_cli"} & sys.modules.keys()
+import saerl_cli.adapter
+save_logits(*sys.argv[4:7])
 """
 
 
-@pytest.mark.parametrize("kind", ["lora", "sparse_coeffs"])
-def test_an_exported_model_loads_in_a_process_of_its_own(tmp_path, kind):
-    adapter = saved(tmp_path, kind)
-    want = policy_logits(tmp_path, adapter)
-    export_policy(adapter, "model", tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    shutil.rmtree(tmp_path / "model")
-    shutil.rmtree(adapter)
-    ours = kind == "sparse_coeffs"
-    code = LOAD.format(imports="import saerl_cli.adapter" if ours else "", ours=ours)
-    words = [str(tmp_path / "elsewhere"), str(IDS.tolist()), str(tmp_path / "logits.pt")]
+def test_exported_models_load_in_a_process_of_their_own(tmp_path):
+    """Merged weights without this package, spliced ones with it, far from the files that they were made of."""
+    wanted, words = [], []
+    for kind in ("lora", "sparse_coeffs"):
+        adapter = saved(tmp_path / kind, kind)
+        wanted.append(policy_logits(tmp_path / kind, adapter))
+        export_policy(adapter, "model", tmp_path / kind / "out")
+        (tmp_path / kind / "out").rename(tmp_path / f"{kind}-elsewhere")
+        shutil.rmtree(tmp_path / kind)
+        words += [str(tmp_path / f"{kind}-elsewhere"), str(IDS.tolist()), str(tmp_path / f"{kind}.pt")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code, *words], check=True, env=env, cwd=tmp_path, timeout=120)
-    got = torch.load(tmp_path / "logits.pt", weights_only=True)
-    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    subprocess.run([sys.executable, "-c", LOAD, *words], check=True, env=env, cwd=tmp_path, timeout=240)
+    for file, want in zip(words[2::3], wanted, strict=True):
+        torch.testing.assert_close(torch.load(file, weights_only=True), want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("splice", ["error_preserving", "reconstruct", "pre_activation"])

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import test_rl_job
+from commands import TRUE
 from conftest import TINY_PLANTED, TINY_WORDS
 from safetensors.torch import load_file
 
@@ -130,7 +130,7 @@ def test_train_lm_goes_on_to_the_bit_where_a_rank_was_killed(saerl, text):
     words = (*LM, "data=text", f"data.path={text}", "launch=cpu_2")
     whole = saerl(*words, "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-m", "saerl_cli.cli", *words, "hydra.run.dir=killed"]
+    command = [*TRUE, *words, "hydra.run.dir=killed"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not Path("killed/checkpoints/checkpoint-10").is_dir() and time.monotonic() < deadline:
@@ -165,7 +165,7 @@ def test_train_sae_in_two_processes_goes_on_to_the_bit_where_it_was_killed(saerl
     assert whole.returncode == 0, whole.stderr
     assert Run("whole").record["num_processes"] == 2
     for lines in (3, 40):
-        command = [sys.executable, "-m", "saerl_cli.cli", *words, "hydra.run.dir=killed"]
+        command = [*TRUE, *words, "hydra.run.dir=killed"]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 240
             while len(read_jsonl(Path("killed/metrics.jsonl"))) < lines:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import TRUE_STUB, stub
 from conftest import TINY_WORDS
 
 from saerl_cli.config.groups import LaunchConfig, Precision, Sharding
@@ -20,13 +21,7 @@ from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, write_json
 from saerl_cli.run.stopping import stoppable
 
-STUB = [sys.executable, str(Path(__file__).parent / "stub_command.py")]
-
 pytestmark = pytest.mark.usefixtures("empty_place")
-
-
-def stub(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*STUB, *words], capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
 def metrics(folder: str) -> list[float]:
@@ -311,7 +306,7 @@ def read_hydra(folder: str) -> dict:
 
 def started(*words: str) -> subprocess.Popen[str]:
     """A command whose first step has been logged."""
-    process = subprocess.Popen([*STUB, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([*TRUE_STUB, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     for _ in until(60):
         if Path("out/metrics.jsonl").is_file():
             return process
@@ -356,7 +351,7 @@ def test_a_signal_stops_the_workers_and_says_how_to_continue(number):
 @pytest.mark.parametrize("words", [("stub", "hydra.run.dir=some/where"), ("stub", "-m", "seed=1,2")])
 def test_a_signal_during_the_checks_is_one_line_and_leaves_nothing(words, number):
     env = os.environ | {"SAERL_TEST_HANG_CHECK": "checking"}
-    with subprocess.Popen([*STUB, *words], stderr=subprocess.PIPE, text=True, env=env) as command:
+    with subprocess.Popen([*TRUE_STUB, *words], stderr=subprocess.PIPE, text=True, env=env) as command:
         for _ in until(60):
             if Path("checking").exists():
                 break
@@ -454,7 +449,8 @@ def test_two_ranks_work_together_and_resume_where_they_were_killed(tmp_path):
     theirs = tmp_path / "home" / "accelerate" / "default_config.yaml"  # what `accelerate config` left
     theirs.parent.mkdir(parents=True)
     theirs.write_text("{compute_environment: LOCAL_MACHINE, distributed_type: 'NO', num_processes: 1, use_cpu: true}\n")
-    done = stub(*words, HF_HOME=str(tmp_path / "home"), ACCELERATE_MIXED_PRECISION="bf16")
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = subprocess.run([*TRUE_STUB, *words], capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0] == "counting: 2/4"
     assert read_json(Path("out/summary.json")) == {"total": 12, "world": 2, "threads": 1, "precision": "no"}
@@ -514,7 +510,7 @@ def test_a_sweep_through_a_launcher(saerl, tmp_path):
 def test_a_file_that_cannot_be_written_is_one_line():
     """As on a full disk: nothing longer than 100 bytes can be written."""
     limit = "import os, sys; from resource import *; setrlimit(RLIMIT_FSIZE, (100, 100)); "
-    command = [sys.executable, "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])", *STUB, "stub_here"]
+    command = [sys.executable, "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])", *TRUE_STUB, "stub_here"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert failed.returncode in (1, 2)
     assert failed.stderr.startswith("saerl: ")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import TRUE
 from conftest import TINY_PLANTED, TINY_WORDS
 from safetensors.torch import load_file
 
@@ -249,25 +250,22 @@ def test_a_crashed_run_continues_to_the_bit(tmp_path, monkeypatch, whole, after)
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_changes_nothing(empty_place, tiny_planted_model):
-    words = [w for w in WORDS if "sae.tokens" not in w] + ["sae.tokens=256000", "sae.lr=1e-2"]
+def test_sigkill_at_random_moments_changes_nothing(saerl, tiny_planted_model):
+    words = ["train-sae", *(w for w in WORDS if "sae.tokens" not in w), "sae.tokens=256000", "sae.lr=1e-2"]
 
-    def start(folder):
-        command = [sys.executable, "-m", "saerl_cli.cli", "train-sae", *words, f"hydra.run.dir={folder}"]
-        with Path("errors.txt").open("wb") as errors:
-            return subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True)
-
-    assert start("whole").wait(300) == 0
-    for lines in (2, 60, 140):
-        process = start("killed")
-        deadline = time.monotonic() + 120
+    assert saerl(*words, "hydra.run.dir=whole").returncode == 0
+    for lines in (2, 100):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*TRUE, *words, "hydra.run.dir=killed"], start_new_session=True, **quiet)
+        deadline = time.monotonic() + 240
         while len(read_jsonl(Path("killed/metrics.jsonl"))) < lines:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert start("killed").wait(300) == 0, Path("errors.txt").read_text()
-    assert "resuming at step" in Path("errors.txt").read_text()
+    done = saerl(*words, "hydra.run.dir=killed")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stderr
     assert equal(Path("whole"), Path("killed"))
     assert Path("whole/metrics.jsonl").read_text() == Path("killed/metrics.jsonl").read_text()
 

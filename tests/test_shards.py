@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import test_rl_job
+from commands import TRUE
 from conftest import TINY_WORDS
 from rl_fixtures import build_trainer, tiny_sae
 from shard_ranks import CASES, tiny_llama
@@ -93,9 +94,8 @@ class TestTwoRanks:
         assert again == plain and split < cached / 2
 
     def test_whole_for_sampling_asks_nobody(self, found):
-        for case in ("{}", "full, {}"):
-            at_once, other = found[0][case.format("whole for sampling")], found[0][case[:-4] or "coefficients"]
-            assert at_once["turns"] == other["turns"] - 2 * (10 - 1)  # two phases of ten tokens
+        at_once, other = found[0]["whole for sampling"], found[0]["coefficients"]
+        assert at_once["turns"] == other["turns"] - 2 * (10 - 1)  # two phases of ten tokens
 
 
 # --- the real commands -----------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def no_memory(summary: dict) -> dict:
 
 def killed(words: tuple[str, ...], run: Path, lines: int) -> None:
     """Start a command, and kill it with all its processes once it has logged so often."""
-    command = [sys.executable, "-m", "saerl_cli.cli", *words, f"hydra.run.dir={run}"]
+    command = [*TRUE, *words, f"hydra.run.dir={run}"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:

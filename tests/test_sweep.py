@@ -5,12 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import TRUE_STUB, stub
 from conftest import ROOT, TINY_WORDS
 
 from saerl_cli.config.groups import LaunchConfig
@@ -18,13 +18,7 @@ from saerl_cli.run import cluster, launch
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_json, read_jsonl, write_json
 
-STUB = [sys.executable, str(Path(__file__).parent / "stub_command.py")]
-
 pytestmark = pytest.mark.usefixtures("empty_place")
-
-
-def stub(*words: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*STUB, *words], capture_output=True, text=True, timeout=200, env=os.environ | env)
 
 
 def table(out: str) -> list[list[str]]:
@@ -120,7 +114,7 @@ def hanging(*words: str, done: tuple[int, ...] = ()) -> "subprocess.Popen[str]":
     """A sweep of steps=1,2,3 that hangs in its second point; returned once that has begun and others are done."""
     env = os.environ | {"SAERL_TEST_HANG": "steps=2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = subprocess.Popen([*STUB, *words], text=True, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    command = subprocess.Popen([*TRUE_STUB, *words], text=True, env=env, start_new_session=True, **pipes)  # type: ignore[call-overload]
     deadline = time.monotonic() + 120
     while not (Path("out/1/run.json").is_file() and all(Run(f"out/{i}").status == "completed" for i in done)):
         assert time.monotonic() < deadline, "the second point did not start"
