@@ -33,7 +33,7 @@ from saerl_cli.analysis.features.directions import piece
 from saerl_cli.analysis.features.explain import balanced, detection, digits, explain, explain_all, first_phrase, marked
 from saerl_cli.analysis.features.labels import as_file, put_labels, read_labels
 from saerl_cli.analysis.features.neuronpedia import FROM_TABLES, write_batches
-from saerl_cli.analysis.features.stream import AFTER, BEFORE, BINS, Places, binned, padded_rows, pearson, windows
+from saerl_cli.analysis.features.stream import AFTER, BEFORE, BINS, Keep, Places, binned, padded_rows, pearson, windows
 from saerl_cli.config.features import ExplainConfig
 from saerl_cli.models import Loaded, resolve_sites
 from saerl_cli.sae.autoencoder import SAE
@@ -168,7 +168,7 @@ def test_the_census_is_that_of_all_activations_at_once(source, text, dense):
 
 def test_what_is_collected_is_what_all_activations_at_once_show(source, text, dense):
     census, chosen = take_census(source, text), torch.tensor([3, 60, 17])
-    kept = collect(source, text, chosen, census.peak[chosen], top=4, sample=30, silent=3, keep_values=True)
+    kept = collect(source, text, chosen, census.peak[chosen], Keep(top=4, sample=30, silent=3, values=True))
     f = dense[..., chosen]
     torch.testing.assert_close(torch.cat(kept.values), f[text.mask], rtol=1e-4, atol=1e-5)
     for c in range(3):
@@ -226,7 +226,9 @@ def test_the_draw_is_uniform_over_firings(loaded, text, source):
     chosen, hits, firings = torch.tensor([feature]), {}, int(census.fired[feature])
     assert firings > 20
     for seed in range(150):
-        drawn = collect(source, text, chosen, census.peak[chosen], top=0, sample=10, seed=seed, products=False).sample
+        drawn = collect(
+            source, text, chosen, census.peak[chosen], Keep(top=0, sample=10, seed=seed, products=False)
+        ).sample
         for place in zip(drawn.row[:, 0].tolist(), drawn.at[:, 0].tolist(), strict=True):
             hits[place] = hits.get(place, 0) + 1
     expected = 150 * 10 / firings
@@ -506,7 +508,7 @@ def test_nothing_is_asked_unless_a_model_is_named():
     features = [{"feature": 0, "contexts": [words("damn")]}]
     explain_all(features, ExplainConfig())
     assert features == [{"feature": 0, "contexts": [words("damn")]}]
-    with pytest.raises(ValueError, match="explain.endpoint needs the name of a model"):
+    with pytest.raises(ValueError, match="explain.endpoint does nothing without explain.model"):
         ExplainConfig(endpoint="http://localhost/v1")
 
 

@@ -25,6 +25,7 @@ from saerl_cli.analysis.features.stream import (
     SPARE,
     Census,
     Collected,
+    Keep,
     Places,
     Source,
     Text,
@@ -104,20 +105,11 @@ def describe_features(
     at_once = max(1, min(MOST_AT_ONCE, PRODUCTS_AT_ONCE // source.sae.d_sae))
     truth = truth_of(text.rows, text.mask, loaded.tokenizer) if depth.attributes else None
     device = source.sae.W_dec.device
+    keep = Keep(SPARE * depth.contexts, SAMPLED, depth.silent, depth.seed, values=depth.attributes)
     found: list[Described] = []
     for first in range(0, len(chosen), at_once):
         ids = torch.tensor(chosen[first : first + at_once], device=device)
-        kept = collect(
-            source,
-            text,
-            ids,
-            census.peak[ids],
-            top=SPARE * depth.contexts,
-            sample=SAMPLED,
-            silent=depth.silent,
-            seed=depth.seed,
-            keep_values=depth.attributes,
-        )
+        kept = collect(source, text, ids, census.peak[ids], keep)
         found += described(source, loaded, text, census, kept, depth, truth)
     return found
 

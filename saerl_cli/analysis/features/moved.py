@@ -26,6 +26,7 @@ from saerl_cli.analysis.features.stream import (
     MOST_AT_ONCE,
     SPARE,
     Census,
+    Keep,
     Places,
     Source,
     Text,
@@ -209,9 +210,11 @@ def put_heldout(
         ids, peak = torch.tensor([one["feature"] for one in own]), torch.tensor([one["peak"] for one in own])
         with policy.reference():
             source = in_policy(policy, sources[site], reference=True)
-            kept = collect(source, text, ids, peak, top=SPARE * contexts, sample=0, products=False)
+            kept = collect(source, text, ids, peak, Keep(SPARE * contexts, sample=0, products=False))
         source = in_policy(policy, sources[site])
-        after = collect(source, text, ids, peak, top=0, sample=0, products=False).by_token.sum(0) / max(text.tokens, 1)
+        after = collect(source, text, ids, peak, Keep(0, sample=0, products=False)).by_token.sum(0) / max(
+            text.tokens, 1
+        )
         there = windows_at(source, text, kept.top, kept.chosen)
         for c, one in enumerate(own):
             paired = paired_contexts(kept.top, there, c, text, policy.tokenizer, contexts)
@@ -271,7 +274,7 @@ def put_samples(
             for site, own in groups(features):
                 source = in_policy(policy, sources[site], reference)
                 ids, peak = torch.tensor([one["feature"] for one in own]), torch.tensor([one["peak"] for one in own])
-                kept = collect(source, text, ids, peak, top=SPARE * contexts, sample=0, products=False)
+                kept = collect(source, text, ids, peak, Keep(SPARE * contexts, sample=0, products=False))
                 mean = (kept.by_token.sum(0) / max(text.tokens, 1)).tolist()
                 for c, one in enumerate(own):
                     samples = one.setdefault("samples", {})

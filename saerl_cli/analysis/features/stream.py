@@ -216,18 +216,25 @@ class Collected:
     """Activations on every token that counts, [n, C] in parts; empty unless they were asked for."""
 
 
-def collect(
-    source: Source,
-    text: Text,
-    chosen: Tensor,
-    peak: Tensor,
-    top: int = 10,
-    sample: int = 200,
-    silent: int = 0,
-    seed: int = 0,
-    keep_values: bool = False,
-    products: bool = True,
-) -> Collected:
+@dataclass(frozen=True)
+class Keep:
+    """What is kept of every feature."""
+
+    top: int = 10
+    """Places of the largest activation."""
+    sample: int = 200
+    """Places drawn from all where a feature fires."""
+    silent: int = 0
+    """Places drawn where it does not."""
+    seed: int = 0
+    """Of the draw."""
+    values: bool = False
+    """Whether to keep every activation, [n, C]."""
+    products: bool = True
+    """Whether to sum products with all features and dimensions; their sums are empty otherwise."""
+
+
+def collect(source: Source, text: Text, chosen: Tensor, peak: Tensor, keep: Keep) -> Collected:
     """Read the text once more, for a few features.
 
     The random sample is that of the places with the largest random numbers, one drawn for every token: uniform over
@@ -238,17 +245,12 @@ def collect(
         text: what is read.
         chosen: features, [C].
         peak: largest activation of each, from the census, [C].
-        top: places of the largest activation.
-        sample: places drawn from all where a feature fires.
-        silent: places drawn where it does not.
-        seed: of the draw.
-        keep_values: also keep every activation, [n, C].
-        products: whether to sum products with all features and dimensions; their sums are empty otherwise.
+        keep: how much of each.
     """
     sae, device = source.sae, source.sae.W_dec.device
     columns, chosen, peak = len(chosen), chosen.to(device), peak.to(device)
     vocabulary = int(text.rows.max()) + 1
-    luck = torch.rand(text.rows.shape, generator=torch.Generator().manual_seed(seed)).clamp_min(1e-6).to(device)
+    luck = torch.rand(text.rows.shape, generator=torch.Generator().manual_seed(keep.seed)).clamp_min(1e-6).to(device)
 
     def sums(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -260,49 +262,46 @@ def collect(
         Places.none(columns, device),
         sums(columns, BINS),
         sums(vocabulary, columns),
-        sums(columns, sae.d_sae * products),
-        sums(columns, sae.d_in * products),
-        sums(2, sae.d_in * products),
+        sums(columns, sae.d_sae * keep.products),
+        sums(columns, sae.d_in * keep.products),
+        sums(2, sae.d_in * keep.products),
     )
     for first, x, mask in source.activations(text):
         x = x[mask]  # [n, d_in]
         f = x.new_zeros(len(x), columns)  # [n, C]
         for part, every in source.codes(x):
             f[part] = every[:, chosen]
-            if products:
+            if keep.products:
                 found.features += f[part].T @ every
-        if products:
+        if keep.products:
             found.inputs += f.T @ x
             found.dimensions += torch.stack([x.sum(0), x.square().sum(0)])
         found.by_token.index_add_(0, text.rows[first : first + len(mask)].to(device)[mask], f.double())
         found.histogram += binned(f, peak)
-        if keep_values:
+        if keep.values:
             found.values.append(f.cpu())
         dense = f.new_zeros(*mask.shape, columns)
         dense[mask] = f  # [rows, seq, C]
-        add_places(found, dense, mask, luck[first : first + len(mask)], first, (top, sample, silent))
+        add_places(found, dense, mask, luck[first : first + len(mask)], first, keep)
     return found
 
 
-def add_places(
-    found: Collected, f: Tensor, mask: Tensor, luck: Tensor, first: int, wanted: tuple[int, int, int]
-) -> None:
+def add_places(found: Collected, f: Tensor, mask: Tensor, luck: Tensor, first: int, keep: Keep) -> None:
     """The best places of a batch: f [rows, seq, C], mask and luck [rows, seq]."""
     rows, seq, columns = f.shape
-    top, sample, silent = wanted
     padded = padded_rows(f)
     every = torch.arange(rows, device=f.device)[:, None].expand(rows, columns)
-    if top:
+    if keep.top:
         score, at = f.max(dim=1)  # [rows, C]
-        found.top.add(top, score, at, every, first, padded)
-    if sample:
+        found.top.add(keep.top, score, at, every, first, padded)
+    if keep.sample:
         score = torch.where(f > 0, luck[..., None], 0.0).view(-1, columns)  # [rows * seq, C]
         place = torch.arange(rows * seq, device=f.device)[:, None].expand(-1, columns)
-        found.sample.add(sample, score, place % seq, place // seq, first, padded)
-    if silent:
+        found.sample.add(keep.sample, score, place % seq, place // seq, first, padded)
+    if keep.silent:
         around = max_pool1d(padded.permute(0, 2, 1), BEFORE + 1 + AFTER, stride=1).permute(0, 2, 1)  # [rows, seq, C]
         score, at = torch.where((around <= 0) & mask[..., None], luck[..., None], 0.0).max(dim=1)
-        found.silent.add(silent, score, at, every, first, padded)
+        found.silent.add(keep.silent, score, at, every, first, padded)
 
 
 def binned(f: Tensor, peak: Tensor) -> Tensor:
