@@ -1,6 +1,7 @@
 """Data flows downwards: a file imports from its own folder and from those before it."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -57,6 +58,44 @@ def test_run_and_config_are_below_every_stage():
             assert imported <= {"run", "config"}
         if stage(path) == "config":
             assert imported <= {"config"}
+
+
+def places(path: Path) -> tuple[str, ...]:
+    """A file's place in the package: ("rl", "training", "phase"); of a package's __init__ that of its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported_places(path: Path, known: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """The places a file imports from, types among them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("saerl_cli"):
+            base = tuple(node.module.split(".")[1:])
+            for alias in node.names:
+                place = (*base, alias.name)
+                while place and place not in known:
+                    place = place[:-1]
+                found.add(place)
+    return found
+
+
+def test_there_is_no_circle_in_any_folder():
+    """Of a folder's files and folders none imports, over any way, itself."""
+    known = {places(path) for path in FILES}
+    imports = {places(path): imported_places(path, known) for path in FILES}
+    for folder in sorted({place[:depth] for place in known for depth in range(len(place))}):
+        depth = len(folder)
+        within = [place for place in known if place[:depth] == folder and len(place) > depth]
+        below: dict[str, set[str]] = {place[depth]: set() for place in within}
+        for place in within:
+            others = {o[depth] for o in imports[place] if o[:depth] == folder and len(o) > depth}
+            below[place[depth]] |= others - {place[depth]}
+        order = graphlib.TopologicalSorter(below)
+        try:
+            order.prepare()
+        except graphlib.CycleError as error:
+            raise AssertionError(f"{'/'.join(folder) or 'saerl_cli'}: {' -> '.join(error.args[1])}") from None
 
 
 def test_every_stage_is_in_the_order():

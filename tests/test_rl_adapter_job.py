@@ -57,11 +57,11 @@ def test_a_run_of_every_adapter(saes, tmp_path, kind):  # noqa: F811
 def test_random_directions_have_the_shapes_and_the_sparsity_of_the_saes(saes, tmp_path):  # noqa: F811
     from saerl_cli.models import load_model, resolve_sites
     from saerl_cli.rl.adapters.directions import text_activations
-    from saerl_cli.rl.build import build_parts
+    from saerl_cli.rl.build import build_setup
 
     run = do(tmp_path / "a", of("random_dictionary", saes))
     other = do(tmp_path / "b", of("random_dictionary", saes, "adapter.seed=5"))
-    parts = build_parts(of("random_dictionary", saes), run, "cpu")
+    parts = build_setup(of("random_dictionary", saes), run, "cpu")
     loaded = load_model(of("random_dictionary", saes).model)
     sites = resolve_sites(["mlp_out.0", "mlp_out.1"], loaded.model)
     x = text_activations(loaded, sites, parts.heldout_rows)

@@ -245,9 +245,9 @@ def test_what_the_best_reward_costs():
 
 
 def test_a_run_of_another_group_size_is_not_resumed(saes, tmp_path):
-    from saerl_cli.rl.build import build_parts, build_trainer
+    from saerl_cli.rl.build import build_setup, build_trainer
 
     run = do(tmp_path, settings("grpo", saes))
-    parts = build_parts(settings("grpo", saes, "algo.group=2"), Run(tmp_path), "cpu")
+    parts = build_setup(settings("grpo", saes, "algo.group=2"), Run(tmp_path), "cpu")
     with pytest.raises(ValueError, match="made with group=4, this run has 2"):
         build_trainer(parts).train(resume_from_checkpoint=str(run.checkpoints()[-1][1]))

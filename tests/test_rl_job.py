@@ -223,11 +223,11 @@ def test_the_adapter_is_coefficients_only_and_loads_with_plain_peft(finished, ti
 
 
 def test_the_policy_loads_and_is_the_one_that_was_measured(finished, saes):
-    from saerl_cli.rl.build import build_parts
+    from saerl_cli.rl.build import build_setup
     from saerl_cli.rl.evaluation.measure import cycled, draw
     from saerl_cli.rl.policy import load_policy
 
-    parts = build_parts(settings(saes), finished, "cpu")
+    parts = build_setup(settings(saes), finished, "cpu")
     policy = load_policy(finished.path)
     samples = draw(policy, parts.reward, cycled(parts.heldout_prompts, 32), parts.sampling("shown"))
     last = lines(finished.path / "samples.jsonl")[-8:]

@@ -13,8 +13,8 @@ from saerl_cli.config.settings import suited
 from saerl_cli.run.processes import ONE_PROCESS
 from saerl_cli.sae.architectures import FORMS
 from saerl_cli.sae.architectures.common import Batch
+from saerl_cli.sae.architectures.selection import largest_per_token, likely, select_in_batch
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
-from saerl_cli.sae.selection import largest_per_token, likely, select_in_batch
 
 D_IN, D_SAE, N = 6, 16, 30
 BASE = {"expansion": None, "d_sae": D_SAE, "k": 4, "prefixes": [0.25, 0.5, 1.0], "l1": 0.5, "l0": 0.3, "bandwidth": 0.5}

@@ -39,10 +39,10 @@ def work(config: EvaluateConfig, run: Run, accelerator: Any) -> float:
     """Measure, write summary.json, the figure and its data, print the frontier; returns the reward of the policy."""
     from saerl_cli.analysis.limits import curves, limits_of, samples_of, shares
     from saerl_cli.report.frontier import print_table, write_frontier
-    from saerl_cli.rl.evaluation.evaluate import evaluate
+    from saerl_cli.rl.policy_evaluation import evaluate_policy
 
     start = time.monotonic()
-    found = evaluate(config, run, accelerator.device, process_group())
+    found = evaluate_policy(config, run, accelerator.device, process_group())
     if not run.writes:
         return found.numbers["reward_after"]
     numbers, limits = found.numbers, limits_of(found.base)

@@ -21,7 +21,7 @@ from saerl_cli.run.processes import process_group
 from saerl_cli.run.progress import say, task_bars
 
 if TYPE_CHECKING:
-    from saerl_cli.rl.build import Parts
+    from saerl_cli.rl.build import RlhfSetup
     from saerl_cli.rl.policy import Policy
     from saerl_cli.rl.training.base import PhasedTrainer
 
@@ -46,8 +46,8 @@ def check_answers(config: RlhfConfig) -> None:
     Raises:
         ValueError: naming the part, and the first prompt without a usable answer.
     """
-    parts = config.reward.parts.items()
-    needing = {name: part for name, part in parts if (answers := kind_of(part).answers) and answers(part)}
+    setup = config.reward.parts.items()
+    needing = {name: part for name, part in setup if (answers := kind_of(part).answers) and answers(part)}
     if not needing:
         return
     name = next(iter(needing))
@@ -93,32 +93,32 @@ def work(config: RlhfConfig, run: Run, accelerator: Any) -> float:
 
 def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     """What `work` does."""
-    from saerl_cli.rl.build import build_parts, build_trainer, policy_of
+    from saerl_cli.rl.build import build_setup, build_trainer, policy_of
     from saerl_cli.rl.outcome import objective
     from saerl_cli.rl.proof import frozen_hashes, refuse_moved
     from saerl_cli.rl.save import save_policy
     from saerl_cli.rl.summary import summarise
     from saerl_cli.rl.track import sample_untouched
 
-    parts = build_parts(config, run, accelerator.device)
-    trainer = build_trainer(parts)
-    policy = policy_of(trainer, parts.loaded)
-    record_inputs(parts, trainer)
-    record_insertion(parts, trainer)
+    setup = build_setup(config, run, accelerator.device)
+    trainer = build_trainer(setup)
+    policy = policy_of(trainer, setup.loaded)
+    record_inputs(setup, trainer)
+    record_insertion(setup, trainer)
     shards.barrier()
     frozen = frozen_hashes(trainer)
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         run.truncate(-1)  # what an attempt that left no checkpoint has written
-        sample_untouched(parts, policy)
+        sample_untouched(setup, policy)
     shards.barrier()
-    calibrate(trainer, parts)
-    train(trainer, parts, policy, checkpoint)
+    calibrate(trainer, setup)
+    train(trainer, setup, policy, checkpoint)
     refuse_moved(frozen, frozen_hashes(trainer), run)
-    save_policy(trainer, parts)
+    save_policy(trainer, setup)
     result = 0.0
     if run.writes:  # the other processes wait, so that the numbers do not depend on how many there are
-        numbers = summarise(parts, trainer, policy)
+        numbers = summarise(setup, trainer, policy)
         run.summary(numbers)
         say(outcome(numbers))
         for warning in numbers["warnings"]:
@@ -128,7 +128,7 @@ def train_and_measure(config: RlhfConfig, run: Run, accelerator: Any) -> float:
     return result
 
 
-def record_inputs(parts: "Parts", trainer: "PhasedTrainer") -> None:
+def record_inputs(setup: "RlhfSetup", trainer: "PhasedTrainer") -> None:
     """What went in, and what may move, into run.json; a resumed run must find the same.
 
     Raises:
@@ -136,12 +136,12 @@ def record_inputs(parts: "Parts", trainer: "PhasedTrainer") -> None:
     """
     from saerl_cli.sae.files import sae_sha256
 
-    loaded, run = parts.loaded, parts.run
+    loaded, run = setup.loaded, setup.run
     if not run.writes:
         return
     inputs = {
         "model": {"name": loaded.name, "revision": loaded.revision, "sha256": loaded.sha256},
-        "sae": {site: {"path": str(path), "sha256": sae_sha256(path)} for site, path in parts.saes.items()},
+        "sae": {site: {"path": str(path), "sha256": sae_sha256(path)} for site, path in setup.saes.items()},
     }
     before = run.record.get("inputs") if run.checkpoints() else None
     if before not in (None, inputs):
@@ -149,19 +149,19 @@ def record_inputs(parts: "Parts", trainer: "PhasedTrainer") -> None:
     run.update(inputs=inputs, trainable={name: p.numel() for name, p in trainer.trainable()})
 
 
-def record_insertion(parts: "Parts", trainer: "PhasedTrainer") -> None:
+def record_insertion(setup: "RlhfSetup", trainer: "PhasedTrainer") -> None:
     """Of sft: the loss that inserting the untouched adapter alone makes, into run.json, before anything is learned."""
     from saerl_cli.rl.outcome import insertion, insertion_warning
 
-    if parts.config.algo.kind is not AlgoKind.sft or not parts.run.writes:
+    if setup.config.algo.kind is not AlgoKind.sft or not setup.run.writes:
         return
-    losses = insertion(parts, trainer)
-    parts.run.update(insertion=losses)
+    losses = insertion(setup, trainer)
+    setup.run.update(insertion=losses)
     if warning := insertion_warning(losses):
         say(f"WARNING: {warning}")
 
 
-def calibrate(trainer: "PhasedTrainer", parts: "Parts") -> None:
+def calibrate(trainer: "PhasedTrainer", setup: "RlhfSetup") -> None:
     """With reward.normalise=calibrate: the gain and bias that run.json's first look at the untouched model gives.
 
     Raises:
@@ -169,10 +169,10 @@ def calibrate(trainer: "PhasedTrainer", parts: "Parts") -> None:
     """
     from saerl_cli.rewards.score import TOTAL
 
-    if parts.config.reward.normalise is not Normalise.calibrate:
+    if setup.config.reward.normalise is not Normalise.calibrate:
         return
     process_group().barrier()  # until the first process has written it
-    seen = parts.run.record["reward_spread"][TOTAL]
+    seen = setup.run.record["reward_spread"][TOTAL]
     if seen["std"] == 0:
         raise ValueError(
             f"reward.normalise=calibrate divides by the spread of the reward, which is {seen['mean']:g} for every"
@@ -182,23 +182,23 @@ def calibrate(trainer: "PhasedTrainer", parts: "Parts") -> None:
     rollouts.normaliser.calibrate(seen["mean"], seen["std"])
 
 
-def train(trainer: "PhasedTrainer", parts: "Parts", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
+def train(trainer: "PhasedTrainer", setup: "RlhfSetup", policy: "Policy", checkpoint: tuple[int, Path] | None) -> None:
     """All phases, from the checkpoint on when there is one."""
     from saerl_cli.rl import snapshots
     from saerl_cli.rl.outcome import NO_GRADIENT, no_gradient
     from saerl_cli.rl.summary import coefficient_statistics
     from saerl_cli.rl.track import sample_policy
 
-    run, phases, every = parts.run, parts.config.algo.phases, parts.config.evaluation.every
-    name = parts.config.algo.kind.value.upper()
+    run, phases, every = setup.run, setup.config.algo.phases, setup.config.evaluation.every
+    name = setup.config.algo.kind.value.upper()
     bars = task_bars([name]) if run.writes else contextlib.nullcontext(lambda name, share, note: None)
     with bars as update:
-        kept = snapshots.phases_kept(parts.config)
+        kept = snapshots.phases_kept(setup.config)
 
         def on_phase(metrics: dict[str, float]) -> None:
             phase, step = int(metrics["phase"]), trainer.state.global_step
             looks = phase == phases or (every > 0 and phase % every == 0)
-            seen = sample_policy(parts, policy, step) if run.writes and looks else {}
+            seen = sample_policy(setup, policy, step) if run.writes and looks else {}
             shards.barrier()
             run.log(step, **metrics, **coefficient_statistics(policy.model), **seen)
             if phase in kept:

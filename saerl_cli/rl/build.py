@@ -45,7 +45,7 @@ PURPOSES = ("shown", "spread", "summary", "passes")
 
 
 @dataclass
-class Parts:
+class RlhfSetup:
     """What a run is made of."""
 
     config: RlhfConfig
@@ -68,7 +68,7 @@ class Parts:
         return Sampling(config.algo.max_new_tokens, config.algo.temperature, config.evaluation.batch_size, seed)
 
 
-def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
+def build_setup(config: RlhfConfig, run: Run, device: Any) -> RlhfSetup:
     """Load the model, build the reward, cut the prompts."""
     loaded = load_model(config.model, device, config.launch)
     reward = build_reward(config.reward, loaded.tokenizer, device)
@@ -84,7 +84,7 @@ def build_parts(config: RlhfConfig, run: Run, device: Any) -> Parts:
         examples = Examples(drawn, drawn.select([]))
     elif not config.algo.samples:
         examples = build_examples(config, loaded)
-    return Parts(config, run, loaded, reward, prompts, heldout_prompts, rows, saes, examples)
+    return RlhfSetup(config, run, loaded, reward, prompts, heldout_prompts, rows, saes, examples)
 
 
 def heldout_rows(config: RlhfConfig, context_size: int, tokenizer: Any, heldout: Sequence[str]) -> Tensor:
@@ -94,10 +94,10 @@ def heldout_rows(config: RlhfConfig, context_size: int, tokenizer: Any, heldout:
     return token_rows(enough, tokenizer, length)[: max(1, config.evaluation.heldout_tokens // length)]
 
 
-def build_trainer(parts: Parts) -> PhasedTrainer:
+def build_trainer(setup: RlhfSetup) -> PhasedTrainer:
     """The algorithm's trainer, with policy and reference."""
-    config, model = parts.config, parts.loaded.model
-    chosen = peft_config(config.adapter, parts.loaded, parts.saes)
+    config, model = setup.config, setup.loaded.model
+    chosen = peft_config(config.adapter, setup.loaded, setup.saes)
     given: dict[str, Any] = {}
     if chosen is None and config.launch.shards > 1 and config.algo.kind in COPYING:
         given["frozen"] = load_model(config.model, None, config.launch).model
@@ -105,26 +105,27 @@ def build_trainer(parts: Parts) -> PhasedTrainer:
         model.requires_grad_(True)
     trainer = TRAINERS[config.algo.kind](
         model=model,
-        args=training_arguments(config, parts.run.path, [part.weight for part in parts.reward.parts]),
-        processing_class=parts.loaded.tokenizer,
+        args=training_arguments(config, setup.run.path, [part.weight for part in setup.reward.parts]),
+        processing_class=setup.loaded.tokenizer,
         peft_config=chosen,
-        open_checkpoint=parts.run.save_checkpoint,
-        **(rollout_data(parts) if parts.examples is None else {"train_dataset": parts.examples.train}),
+        open_checkpoint=setup.run.save_checkpoint,
+        **(rollout_data(setup) if setup.examples is None else {"train_dataset": setup.examples.train}),
         **given,
     )
     if config.launch.shards > 1 and trainer.ref_model is not None and not given:
         shards.join(trainer.ref_model, config.launch.gather_for_sampling)
     if isinstance(trainer, PPOTrainer):
         trainer.normaliser = Normaliser(config.reward.normalise, config.reward.clip)
-    trainer.sparsity = sparsity_of(parts, trainer.accelerator.unwrap_model(trainer.model))
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    trainer.sparsity = sparsity_of(config.adapter, setup.saes, policy, setup.loaded, setup.heldout_rows, setup.run)
     return trainer
 
 
-def rollout_data(parts: Parts) -> dict[str, Any]:
+def rollout_data(setup: RlhfSetup) -> dict[str, Any]:
     """The prompts, and what scores their completions."""
-    rows = {"prompt": [p.text for p in parts.prompts], "input_ids": [list(p.input_ids) for p in parts.prompts]}
-    rows["answer"] = [p.answer for p in parts.prompts]
-    rewards = [trl_reward(part) for part in parts.reward.parts]
+    rows = {"prompt": [p.text for p in setup.prompts], "input_ids": [list(p.input_ids) for p in setup.prompts]}
+    rows["answer"] = [p.answer for p in setup.prompts]
+    rewards = [trl_reward(part) for part in setup.reward.parts]
     return {"train_dataset": Dataset.from_dict(rows), "reward_funcs": rewards}
 
 

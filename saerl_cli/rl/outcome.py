@@ -10,7 +10,7 @@ from saerl_cli.rl.evaluation import behaviour
 from saerl_cli.run.files import read_jsonl
 
 if TYPE_CHECKING:
-    from saerl_cli.rl.build import Parts
+    from saerl_cli.rl.build import RlhfSetup
     from saerl_cli.rl.policy import Policy
     from saerl_cli.rl.training.base import PhasedTrainer
 
@@ -22,37 +22,37 @@ TOLERANCE = 0.15
 """A KL within this share of its target, or two standard errors, meets it."""
 
 
-def insertion(parts: "Parts", trainer: "PhasedTrainer") -> dict[str, float]:
+def insertion(setup: "RlhfSetup", trainer: "PhasedTrainer") -> dict[str, float]:
     """Loss on held-out examples of the bare model, and with the untouched adapter inserted; nats per token."""
     from saerl_cli.rl.training.examples import example_loss
 
-    assert parts.examples is not None
+    assert setup.examples is not None
     model = trainer.accelerator.unwrap_model(trainer.model)
     training = model.training
     model.eval()
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-        base = example_loss(model, parts.examples.heldout)
-    inserted = example_loss(model, parts.examples.heldout)
+        base = example_loss(model, setup.examples.heldout)
+    inserted = example_loss(model, setup.examples.heldout)
     model.train(training)
     return {"loss_base": base, "loss_inserted": inserted}
 
 
-def task_numbers(parts: "Parts", trainer: "PhasedTrainer", policy: "Policy", numbers: dict[str, Any]) -> dict[str, Any]:
+def task_numbers(setup: "RlhfSetup", policy: "Policy", numbers: dict[str, Any]) -> dict[str, Any]:
     """What the algorithm itself was after: loss before and after (sft), preferences (dpo), the KL asked for."""
     from saerl_cli.rl.training.examples import example_loss, preferences
 
-    algo = parts.config.algo
-    if algo.kind is AlgoKind.sft and parts.examples is not None:
-        losses = dict(parts.run.record["insertion"])
-        trained = example_loss(policy.model, parts.examples.heldout)
+    algo = setup.config.algo
+    if algo.kind is AlgoKind.sft and setup.examples is not None:
+        losses = dict(setup.run.record["insertion"])
+        trained = example_loss(policy.model, setup.examples.heldout)
         return {
             **losses,
             "loss_trained": trained,
             "insertion_effect": losses["loss_inserted"] - losses["loss_base"],
             "training_effect": trained - losses["loss_inserted"],
         }
-    if algo.kind is AlgoKind.dpo and parts.examples is not None:
-        return preferences(policy.model, policy.reference_model, parts.examples.heldout)
+    if algo.kind is AlgoKind.dpo and setup.examples is not None:
+        return preferences(policy.model, policy.reference_model, setup.examples.heldout)
     if algo.kl_target is not None:
         slack = max(TOLERANCE * algo.kl_target, 2 * numbers["kl_exact_se"])
         met = abs(numbers["kl_exact"] - algo.kl_target) <= slack
@@ -60,13 +60,13 @@ def task_numbers(parts: "Parts", trainer: "PhasedTrainer", policy: "Policy", num
     return {}
 
 
-def warnings_of(parts: "Parts", numbers: dict[str, Any]) -> list[str]:
+def warnings_of(setup: "RlhfSetup", numbers: dict[str, Any]) -> list[str]:
     """What a reader of the numbers must know."""
-    rows = read_jsonl(parts.run.path / "metrics.jsonl")
+    rows = read_jsonl(setup.run.path / "metrics.jsonl")
     largest = max((row["grad_norm"] for row in rows), default=1.0)
     found = [no_gradient(largest)] if largest < NO_GRADIENT else []
     if "loss_trained" in numbers:
-        found += [insertion_warning(numbers), movement_warning(parts, numbers)]
+        found += [insertion_warning(numbers), movement_warning(setup, numbers)]
     if numbers.get("kl_target_met") is False:
         found.append(target_warning(numbers, rows))
     return [*behaviour.warnings_of(numbers), *(warning for warning in found if warning)]
@@ -105,10 +105,10 @@ def insertion_warning(losses: dict[str, Any]) -> str:
     )
 
 
-def movement_warning(parts: "Parts", numbers: dict[str, Any]) -> str:
+def movement_warning(setup: "RlhfSetup", numbers: dict[str, Any]) -> str:
     """A loss that training has not moved."""
     inserted, trained = numbers["loss_inserted"], numbers["loss_trained"]
-    steps = parts.config.algo.phases * parts.config.algo.steps_per_phase
+    steps = setup.config.algo.phases * setup.config.algo.steps_per_phase
     if abs(trained - inserted) > NO_MOVE * inserted:
         return ""
     return f"the loss has not moved in {steps} steps: {inserted:.4f} before, {trained:.4f} after; raise adapter.lr"

@@ -9,7 +9,7 @@ from saerl_cli.activations import capture, special_ids, text_mask
 from saerl_cli.adapter import deltas, effects, moved
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.models import resolve_sites
-from saerl_cli.rl.build import Parts
+from saerl_cli.rl.build import RlhfSetup
 from saerl_cli.rl.evaluation.baselines import behaviour
 from saerl_cli.rl.evaluation.measure import cycled, measure
 from saerl_cli.rl.outcome import task_numbers, warnings_of
@@ -26,25 +26,25 @@ LABEL_ROWS = 64
 """Held-out rows that name a feature by the token it fires on."""
 
 
-def summarise(parts: Parts, trainer: PhasedTrainer, policy: Policy) -> dict[str, Any]:
+def summarise(setup: RlhfSetup, trainer: PhasedTrainer, policy: Policy) -> dict[str, Any]:
     """The numbers of summary.json."""
-    config = parts.config
+    config = setup.config
     policy.model.eval()
-    how = parts.sampling("summary")
+    how = setup.sampling("summary")
     numbers, before, after = measure(
         policy,
-        parts.reward,
-        cycled(parts.heldout_prompts, config.evaluation.samples),
-        parts.heldout_rows,
+        setup.reward,
+        cycled(setup.heldout_prompts, config.evaluation.samples),
+        setup.heldout_rows,
         how,
         attributes=config.model.kind is ModelKind.planted,
     )
-    numbers["behaviour"] = behaviour(policy, parts.reward, before, after, how, kl_coef(parts.run.path))
+    numbers["behaviour"] = behaviour(policy, setup.reward, before, after, how, kl_coef(setup.run.path))
     sizes = {name: p.numel() for name, p in trainer.trainable()}
     value = sum(size for name, size in sizes.items() if is_value_parameter(name))
     algo = config.algo
     episodes = algo.phases * (algo.rollouts if algo.samples else algo.steps * algo.batch_size)
-    numbers |= task_numbers(parts, trainer, policy, numbers)
+    numbers |= task_numbers(setup, policy, numbers)
     return {
         "adapter": config.adapter.kind,
         "algo": algo.kind.value,
@@ -52,7 +52,7 @@ def summarise(parts: Parts, trainer: PhasedTrainer, policy: Policy) -> dict[str,
         "value_parameters": value,
         **numbers,
         **curse_words(numbers),
-        "warnings": warnings_of(parts, numbers),
+        "warnings": warnings_of(setup, numbers),
         "phases": algo.phases,
         "steps": trainer.args.max_steps,
         "samples": episodes,
@@ -61,7 +61,7 @@ def summarise(parts: Parts, trainer: PhasedTrainer, policy: Policy) -> dict[str,
         "peak_memory_bytes": peak_memory(),
         "frozen_unchanged": True,  # the run has failed before this when it is not
         **coefficient_statistics(policy.model),
-        "top_features": top_features(parts, policy),
+        "top_features": top_features(setup, policy),
     }
 
 
@@ -93,7 +93,7 @@ def coefficient_statistics(model: Any) -> dict[str, float]:
 
 
 @torch.no_grad()
-def top_features(parts: Parts, policy: Policy) -> list[dict[str, Any]]:
+def top_features(setup: RlhfSetup, policy: Policy) -> list[dict[str, Any]]:
     """List the features that moved, by effect, each labelled with the token it fires most on ("" if it never does).
 
     Effects and labels are those of the untouched model on held-out text.
@@ -101,15 +101,15 @@ def top_features(parts: Parts, policy: Policy) -> list[dict[str, Any]]:
     found = deltas(policy.model)
     if not any(bool(moved(delta).any()) for delta in found.values()):
         return []
-    tokenizer, rows = parts.loaded.tokenizer, parts.heldout_rows[:LABEL_ROWS]
-    sites = resolve_sites(list(parts.saes), parts.loaded.model)
+    tokenizer, rows = setup.loaded.tokenizer, setup.heldout_rows[:LABEL_ROWS]
+    sites = resolve_sites(list(setup.saes), setup.loaded.model)
     with policy.reference():
         base = policy.model.get_base_model()
         activations = capture(base, sites, rows.to(base.device))
     text = text_mask(rows, special_ids(tokenizer))  # [n, context]
     listed = []
     for site in sites:
-        sae, delta = load_sae(parts.saes[site.name]), found[site.name]
+        sae, delta = load_sae(setup.saes[site.name]), found[site.name]
         f = sae.encode(activations[site.name].cpu()[text].to(sae.W_enc.dtype))  # [tokens, d_sae]
         effect = torch.where(moved(delta), effects(delta, f.mean(0), sae.W_dec), -1.0)
         best = effect.topk(min(TOP_FEATURES, len(effect))).indices.tolist()

@@ -254,3 +254,9 @@ def git_state() -> dict[str, Any]:
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": None, "git_dirty": None}
+
+
+def true_status(run: Run, record: dict[str, Any]) -> str:
+    """The recorded status; `killed` for a run that says it is running while nobody holds its lock."""
+    status = record.get("status", "?")
+    return "killed" if status == "running" and lock.find_holder(run.path) is None else status

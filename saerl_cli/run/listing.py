@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from saerl_cli.run import lock
-from saerl_cli.run.directory import Run, shown
+from saerl_cli.run.directory import Run, shown, true_status
 from saerl_cli.run.task import key_numbers
 
 
@@ -36,9 +34,3 @@ def describe(run: Run) -> str:
         reason = f"{record['error']}; " if record.get("error") else ""
         text += f"\n{'':13}{reason}resume: {record.get('command', '')}"
     return text
-
-
-def true_status(run: Run, record: dict[str, Any]) -> str:
-    """The recorded status; `killed` for a run that says it is running while nobody holds its lock."""
-    status = record.get("status", "?")
-    return "killed" if status == "running" and lock.find_holder(run.path) is None else status

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.run.directory import Run, shown
+from saerl_cli.run.directory import Run, shown, true_status
 from saerl_cli.run.files import read_json, write_json, write_text
-from saerl_cli.run.listing import true_status
 
 TABLE, RECORD = "sweep.csv", "sweep.json"
 COLUMNS = 6

@@ -9,9 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from saerl_cli.run.directory import Run, shown
+from saerl_cli.run.directory import Run, shown, true_status
 from saerl_cli.run.files import last_jsonl
-from saerl_cli.run.listing import true_status
 
 EVERY_S = 1.0
 SHOWN_RUNS = 6

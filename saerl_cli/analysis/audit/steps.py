@@ -36,9 +36,9 @@ from saerl_cli.config.reward import RewardConfig
 from saerl_cli.config.rlhf import EvaluationConfig
 from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.adapters.selection import select
-from saerl_cli.rl.evaluation.evaluate import Bench, build_bench, record_inputs
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
 from saerl_cli.rl.results import AUDIT, AUDIT_VERSION, Audit, read_audit
+from saerl_cli.rl.policy_evaluation import EvaluationSetup, build_evaluation, record_inputs
 from saerl_cli.rl.runs import deltas_of, run_config
 from saerl_cli.run.directory import Run
 from saerl_cli.run.progress import say
@@ -59,7 +59,7 @@ class AuditContext:
     """What every step needs."""
 
     config: AuditConfig
-    bench: Bench
+    bench: EvaluationSetup
     coefficients: Coefficients
     variants: Variants
     attributions: Tensor
@@ -82,7 +82,7 @@ def prepare(config: AuditConfig, run: Run, device: Any) -> AuditContext:
     samples = config.evaluation.samples
     twice = EvaluationConfig(**{**vars(config.evaluation), "samples": 2 * samples})
     evaluating = EvaluateConfig(policy=config.policy, evaluation=twice, launch=config.launch, seed=config.seed)
-    bench = build_bench(evaluating, device)
+    bench = build_evaluation(evaluating, device)
     record_inputs(evaluating, run)
     coefficients = touched(bench.policy.model)
     say(f"ranking {len(coefficients):,} features by the reward's gradient at {config.alphas} points")
@@ -155,7 +155,7 @@ def headline(found: Audit) -> Numbers:
     return numbers | {"policy": found.policy, "adapter": found.adapter, "completeness": found.completeness}
 
 
-def ranked(config: AuditConfig, bench: Bench, coefficients: Coefficients, samples: int) -> Tensor:
+def ranked(config: AuditConfig, bench: EvaluationSetup, coefficients: Coefficients, samples: int) -> Tensor:
     """Attributions of all features on the first prompts, mean over alphas: [prompts, F]."""
     prefixes = config.prefix_rewards
     if prefixes is None:

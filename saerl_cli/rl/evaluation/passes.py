@@ -3,11 +3,12 @@
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.run.progress import say
 
 if TYPE_CHECKING:
-    from saerl_cli.rl.build import Parts
+    from saerl_cli.data.prompts import Prompt
+    from saerl_cli.rewards.score import Reward
+    from saerl_cli.rl.evaluation.measure import Sampling
     from saerl_cli.rl.policy import Policy
 
 SAMPLES = 16
@@ -26,23 +27,28 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - comb(samples - right, k) / comb(samples, k)
 
 
-def base_passes(parts: "Parts", policy: "Policy") -> dict[str, dict[str, Any]]:
-    """pass@k of the untouched model for every verifier of the reward, on training prompts.
+def base_passes(
+    policy: "Policy", reward: "Reward", verifiers: list[str], prompts: "list[Prompt]", how: "Sampling"
+) -> dict[str, dict[str, Any]]:
+    """Measure pass@k of the untouched model for every verifier of the reward.
 
-    `evaluation.samples` completions in all, `SAMPLES` a prompt.
+    Args:
+        policy: its reference is asked.
+        reward: with the verifiers among its parts.
+        verifiers: their names.
+        prompts: each gets `SAMPLES` completions.
+        how: settings of the samples.
 
     Returns:
         Part -> prompts, samples (a prompt), and pass_at: {k: mean over prompts}.
     """
     from saerl_cli.rl.evaluation.measure import draw
 
-    names = [name for name, part in parts.config.reward.parts.items() if kind_of(part).answers is not None]
-    if not names:
+    if not verifiers:
         return {}
-    prompts = parts.prompts[: max(1, parts.config.evaluation.samples // SAMPLES)]
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    samples = draw(policy, parts.reward, repeated, parts.sampling("passes"), reference=True)
-    return {name: passes(samples.scores[name], len(prompts)) for name in names}
+    samples = draw(policy, reward, repeated, how, reference=True)
+    return {name: passes(samples.scores[name], len(prompts)) for name in verifiers}
 
 
 def passes(scores: list[float], prompts: int) -> dict[str, Any]:

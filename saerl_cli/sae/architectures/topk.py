@@ -5,9 +5,9 @@ from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
 from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, add, linear_gradients, pre_activations
+from saerl_cli.sae.architectures.selection import largest_per_token, select_in_batch
 from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of
 from saerl_cli.sae.presets import auxk_weight
-from saerl_cli.sae.selection import largest_per_token, select_in_batch
 
 
 def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:

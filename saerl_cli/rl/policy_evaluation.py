@@ -36,7 +36,7 @@ class Evaluated:
     """Empty where no limit is asked for."""
 
 
-def evaluate(config: EvaluateConfig, run: Run, device: Any, group: ProcessGroup = ONE_PROCESS) -> Evaluated:
+def evaluate_policy(config: EvaluateConfig, run: Run, device: Any, group: ProcessGroup = ONE_PROCESS) -> Evaluated:
     """Draw fresh samples of the policy, of those kept along the way and of the reference, and measure them.
 
     `numbers["frontier"]` has an entry a policy, in order, the last one being the policy itself: {step, reward,
@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, run: Run, device: Any, group: ProcessGroup 
     from saerl_cli.rl.evaluation.measure import measure
     from saerl_cli.rl.summary import curse_words
 
-    bench = build_bench(config, device, group)
+    bench = build_evaluation(config, device, group)
     record_inputs(config, run)
     base = base_of(config, run, bench.policy, bench.reward, bench.prompts, bench.sampling(BASE))
     say(f"sampling {config.evaluation.samples} completions from the policy and from its reference")
@@ -83,7 +83,7 @@ POLICY, BASE = 7, 8
 
 
 @dataclass
-class Bench:
+class EvaluationSetup:
     """What a policy is measured with."""
 
     config: EvaluateConfig
@@ -112,7 +112,7 @@ def record_inputs(config: EvaluateConfig, run: Run) -> None:
     run.update(inputs={**inputs, "policy": str(Path(config.policy)), "base": config.base}, trained_with=trained)
 
 
-def build_bench(config: EvaluateConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> Bench:
+def build_evaluation(config: EvaluateConfig, device: Any, group: ProcessGroup = ONE_PROCESS) -> EvaluationSetup:
     """Load the policy, build its reward, choose prompts."""
     from saerl_cli.data.documents import documents
     from saerl_cli.data.prompts import choose_prompts
@@ -130,7 +130,7 @@ def build_bench(config: EvaluateConfig, device: Any, group: ProcessGroup = ONE_P
     _, unseen = choose_prompts(trained, policy.tokenizer, policy.context_size)
     prompts = drawn(unseen, config.evaluation.samples, config.seed)
     rows = heldout_rows(trained, policy.context_size, policy.tokenizer, texts)
-    return Bench(config, trained, policy, reward, prompts, rows, group)
+    return EvaluationSetup(config, trained, policy, reward, prompts, rows, group)
 
 
 def baseline_rewards(base: Base, before: "Samples") -> list[float]:
@@ -143,7 +143,7 @@ def baseline_rewards(base: Base, before: "Samples") -> list[float]:
     return [means[prompt.text] for prompt in before.prompts]
 
 
-def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
+def earlier(bench: EvaluationSetup, baseline: list[float]) -> list[dict[str, Any]]:
     """Entries of the policies kept along the way; the last of them stays in `bench.policy`."""
     from saerl_cli.rl import snapshots
     from saerl_cli.rl.evaluation.measure import draw, heldout_loss
@@ -158,7 +158,7 @@ def earlier(bench: Bench, baseline: list[float]) -> list[dict[str, Any]]:
     return points
 
 
-def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any]]:
+def weaker(bench: EvaluationSetup, baseline: list[float], step: int) -> list[dict[str, Any]]:
     """Entries of the policy with all that it learned times `factors`; the policy is itself again afterwards.
 
     On the line between a reference and what RLHF made of it rewards are bought with less KL than early policies of
@@ -182,7 +182,7 @@ def weaker(bench: Bench, baseline: list[float], step: int) -> list[dict[str, Any
     return points
 
 
-def learned(bench: Bench) -> "list[tuple[Tensor, Tensor, Tensor]]":
+def learned(bench: EvaluationSetup) -> "list[tuple[Tensor, Tensor, Tensor]]":
     """The policy's trained parameters, what each is in the reference, and what training made of it.
 
     What the adapter's entry calls undecided stays as it is: of LoRA's two factors the first, so that their product
