@@ -39,7 +39,11 @@ def saes(tiny_planted_model, tmp_path_factory) -> Path:
     return folder
 
 
-SILENT = ("reward.parts.cursing.kind=lexicon", "reward.parts.cursing.words={zzz: 1.0}")
+SILENT = (
+    "reward.parts.cursing.attribute=null",
+    "reward.parts.cursing.kind=lexicon",
+    "reward.parts.cursing.words={zzz: 1.0}",
+)
 """A reward for a word that the language does not have."""
 
 
