@@ -12,7 +12,6 @@ from typing import Any
 from saerl_cli.analysis.compare import IGNORED, differing, named
 from saerl_cli.config.renamed import translate
 from saerl_cli.rl.results import AUDIT, Audit, read_audit
-from saerl_cli.run.directory import Run
 from saerl_cli.run.directory import Run, true_status
 from saerl_cli.run.files import read_json, read_jsonl
 

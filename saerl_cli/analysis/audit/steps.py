@@ -37,8 +37,8 @@ from saerl_cli.config.rlhf import EvaluationConfig
 from saerl_cli.rewards.kinds import kind_of
 from saerl_cli.rl.adapters.selection import select
 from saerl_cli.rl.evaluation.measure import Samples, attribute_shares, describe, generate, mean_and_error
-from saerl_cli.rl.results import AUDIT, AUDIT_VERSION, Audit, read_audit
 from saerl_cli.rl.policy_evaluation import EvaluationSetup, build_evaluation, record_inputs
+from saerl_cli.rl.results import AUDIT, AUDIT_VERSION, Audit, read_audit
 from saerl_cli.rl.runs import deltas_of, run_config
 from saerl_cli.run.directory import Run
 from saerl_cli.run.progress import say
