@@ -29,17 +29,19 @@ CASES = {
 """Runs of `sparse_coeffs` by PPO, and what is different in them."""
 
 
-def tell_apart(trainer) -> None:
-    """Give the greedy completions of a group different first words, by their place among those of all ranks."""
-    generate = trainer._generate
+def sample_greedily(trainer, tell_apart: bool) -> None:
+    """Take the likeliest tokens; in a group, first words by the place among all ranks' completions tell them apart."""
+    sample, temperature = trainer.sample, trainer.temperature
 
-    def differing(prompts, *args, **kwargs):
-        generated = generate(prompts, *args, **kwargs)
-        for i, ids in enumerate(generated[1]):
-            ids[0] = 2 + 7 * ((trainer.accelerator.process_index * len(prompts) + i) % 4)
-        return generated
+    def likeliest(prompt_ids):
+        trainer.temperature = None
+        completions = sample(prompt_ids)
+        trainer.temperature = temperature
+        for i, ids in enumerate(completions if tell_apart else []):
+            ids[0] = 2 + 7 * ((trainer.accelerator.process_index * len(prompt_ids) + i) % 4)
+        return completions
 
-    trainer._generate = differing
+    trainer.sample = likeliest
 
 
 def learn(folder: Path, name: str, algo: str = "ppo", **settings) -> None:
@@ -52,11 +54,8 @@ def learn(folder: Path, name: str, algo: str = "ppo", **settings) -> None:
         lr_scheduler_type="constant",
     )  # fmt: skip
     assert trainer.accelerator.num_processes == world
-    if algo in ("grpo", "rloo"):
-        tell_apart(trainer)
     if algo in PHASES:
-        trainer.generation_config.do_sample = False
-        trainer.generation_config.top_k = trainer.generation_config.temperature = None  # else generate() warns
+        sample_greedily(trainer, tell_apart=algo in ("grpo", "rloo"))
     trainer.train()
     if trainer.accelerator.is_main_process:
         (folder / name).mkdir(parents=True)
