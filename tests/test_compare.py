@@ -22,10 +22,10 @@ from saerl_cli.analysis.compare import (
 )
 from saerl_cli.analysis.evaluations import choose
 from saerl_cli.analysis.frontier import kl_optimum
+from saerl_cli.config import flat
 from saerl_cli.config.compare import CompareConfig
 from saerl_cli.jobs import compare
 from saerl_cli.run.directory import Run
-from saerl_cli.run.preflight import flat
 
 saes = test_rl_job.saes  # a fixture
 

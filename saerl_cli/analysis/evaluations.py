@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from saerl_cli.config import flat
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.rl.evaluation.base import difference, measured_by
 from saerl_cli.rl.results import Point, known
 from saerl_cli.rl.runs import run_config, snapshot_files
 from saerl_cli.run.directory import Run, shown, true_status
 from saerl_cli.run.files import read_json
-from saerl_cli.run.preflight import flat
 from saerl_cli.run.sweep_table import RECORD
 from saerl_cli.run.words import as_override
 

@@ -21,3 +21,13 @@ def typed(cfg: Any, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to {dotted key: value}."""
+    found: dict[str, Any] = {}
+    values = cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg)
+    assert isinstance(values, dict)
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found

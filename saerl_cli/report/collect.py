@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saerl_cli.analysis.compare import IGNORED, differing, named
+from saerl_cli.config import flat
 from saerl_cli.config.renamed import translate
 from saerl_cli.rl.results import AUDIT, Audit, read_audit
 from saerl_cli.run.directory import Run, true_status
@@ -162,8 +163,6 @@ def settings_of(run: RunFiles) -> dict[str, Any]:
         return translate(run.record["trained_with"])
     if run.job != POLICY or not run.config:
         return {}
-    from saerl_cli.run.preflight import flat
-
     try:
         return flat(Run(run.path).settings)
     except Exception:  # of the YAML parser, which is OmegaConf's own business

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saerl_cli.config import flat
 from saerl_cli.config.evaluate import EvaluateConfig
 from saerl_cli.config.groups import ModelKind
 from saerl_cli.config.rlhf import RlhfConfig
@@ -13,7 +14,6 @@ from saerl_cli.rl.evaluation.base import Base, base_of, measured_by
 from saerl_cli.rl.runs import kl_coef, run_config, snapshot_files
 from saerl_cli.run.directory import Run
 from saerl_cli.run.files import read_jsonl
-from saerl_cli.run.preflight import flat
 from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.run.progress import say
 

@@ -175,6 +175,18 @@ class Run:
         """summary.json of a finished run."""
         return translate(read_json(self.path / "summary.json"))
 
+    def numbers(self) -> dict[str, Any]:
+        """The numbers and words of summary.json; empty before there is one."""
+        found = self.read_summary() if (self.path / "summary.json").is_file() else {}
+        return {key: value for key, value in found.items() if isinstance(value, int | float | str)}
+
+    def key_numbers(self, limit: int = 6) -> str:
+        """The first of them, for a line of text."""
+        numbers = list(self.numbers().items())[:limit]
+        return ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers
+        )
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     @property

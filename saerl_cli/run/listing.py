@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saerl_cli.run.directory import Run, shown, true_status
-from saerl_cli.run.task import key_numbers
 
 
 def listing(folders: Sequence[Path]) -> str:
@@ -28,7 +27,7 @@ def describe(run: Run) -> str:
     record = run.record
     status = true_status(run, record)
     text = f"{status:<12} {record.get('job', '?'):<10} {record.get('started', '')[:16]:<17} {shown(run.path)}"
-    if numbers := key_numbers(run):
+    if numbers := run.key_numbers():
         text += f"\n{'':13}{numbers}"
     if status not in ("completed", "running"):
         reason = f"{record['error']}; " if record.get("error") else ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.config import typed
+from saerl_cli.config import flat, typed
 from saerl_cli.config.groups import ALL_GPUS
 from saerl_cli.run import cluster, launch, lock
 from saerl_cli.run.configs import conf_dir, config_dirs
@@ -49,19 +49,17 @@ def preflight(
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             words = list(sweep_points(overrides)) if multirun else [list(overrides)]
             composed = [compose(name, [*search, *point], return_hydra_config=True) for point in words]
-        foreseen = not multirun or (len(words[0]) == len(overrides) and is_plain(composed[0].hydra.sweeper))
-        place = Path(composed[0].hydra.sweep.dir).absolute() if multirun else None
-        points = [
-            as_point(name, cfg, number if multirun else None, foreseen=foreseen) for number, cfg in enumerate(composed)
-        ]
-        if place is not None:
-            refuse_run_directory(place)
-            refuse_other_sweep(place, name, {p.folder: p.cfg for p in points if p.folder}, composer(name, search))
+            foreseen = not multirun or (len(words[0]) == len(overrides) and is_plain(composed[0].hydra.sweeper))
+            place = Path(composed[0].hydra.sweep.dir).absolute() if multirun else None
+            points = [as_point(name, cfg, i if multirun else None, foreseen) for i, cfg in enumerate(composed)]
+            if place is not None:
+                if (place / "run.json").is_file():
+                    raise ValueError(f"{shown(place)} is the directory of a run; write another hydra.sweep.dir")
+                asked = {point.folder: point.cfg for point in points if point.folder}
+                refuse_other_sweep(place, name, asked, lambda noted: compose(name, [*search, *noted]))
         for point in points:  # checks may read files: only once all are well-formed
             check_point(name, point)
-        decided = decisions(points)
-        folder = points[0].folder
-        return (None if multirun else folder), decided
+        return (None if multirun else points[0].folder), decisions(points)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(readable(error, name, resolve(JOBS[name].schema))) from None
     except OSError as error:
@@ -115,18 +113,6 @@ def as_point(name: str, cfg: Any, number: int | None, foreseen: bool = True) -> 
     return Point(folder, launcher, cfg, typed(cfg, resolve(JOBS[name].schema)), counted)
 
 
-def composer(name: str, search: Sequence[str]) -> Callable[[Sequence[str]], Any]:
-    """A function from words to the settings that they stand for."""
-
-    def composed(words: Sequence[str]) -> Any:
-        from hydra import compose, initialize_config_dir
-
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose(name, [*search, *words])
-
-    return composed
-
-
 def check_point(name: str, point: Point) -> None:
     """Judge a run by its directory, this machine or the cluster, and the job's own check."""
     if point.folder is not None and point.folder.is_dir():
@@ -167,27 +153,18 @@ def refuse_other_settings(folder: Path, name: str, cfg: Any, in_sweep: bool = Fa
     Raises:
         ValueError: it was; `SweepRefused` when `in_sweep`.
     """
-    from omegaconf import OmegaConf
-
-    job_before = Run(folder).record.get("job", name)
+    run = Run(folder)
+    job_before, before = run.record.get("job", name), run.settings
     if job_before != name:
-        what = f"{shown(folder)} is a run of saerl {job_before.replace('_', '-')}"
-        if in_sweep:
-            raise SweepRefused(f"{what}: {ANOTHER}")
-        raise ValueError(f"{what}; take another hydra.run.dir")
-    before = Run(folder).settings
-    if before and (changed := changed_settings(before, cfg)):
-        was, given = (OmegaConf.select(which, changed[0]) for which in (before, cfg))
-        what = f"{shown(folder)} was started with other settings ({changed[0]}={was}, now {given})"
-        if in_sweep:
-            raise SweepRefused(f"{what}: {ANOTHER}")
-        raise ValueError(f"{what}; repeat its command to resume it, or take another hydra.run.dir")
-
-
-def refuse_run_directory(place: Path) -> None:
-    """Refuse to sweep inside the directory of a single run."""
-    if (place / "run.json").is_file():
-        raise ValueError(f"{shown(place)} is the directory of a run; write another hydra.sweep.dir")
+        what, instead = f"is a run of saerl {job_before.replace('_', '-')}", "; take another hydra.run.dir"
+    elif before and (changed := changed_setting(before, cfg)):
+        what = f"was started with other settings ({changed})"
+        instead = "; repeat its command to resume it, or take another hydra.run.dir"
+    else:
+        return
+    if in_sweep:
+        raise SweepRefused(f"{shown(folder)} {what}: {ANOTHER}")
+    raise ValueError(f"{shown(folder)} {what}{instead}")
 
 
 def refuse_other_sweep(
@@ -204,29 +181,26 @@ def refuse_other_sweep(
     Raises:
         SweepRefused: the message names a point and what differs.
     """
-    from omegaconf import OmegaConf
-
     noted = recorded(place)
     if noted and (job := read_json(place / RECORD)["job"]) != name:
         raise SweepRefused(f"{shown(place)} is a sweep of saerl {job.replace('_', '-')}: {ANOTHER}")
     for folder, cfg in points.items():
         if folder not in noted or (folder / ".hydra" / "config.yaml").is_file():  # which tells itself
             continue
-        before = composed(noted[folder])
-        changed = changed_settings(before, cfg)
-        if changed:
-            was, given = (OmegaConf.select(which, changed[0]) for which in (before, cfg))
-            raise SweepRefused(
-                f"{shown(folder)} is noted with other settings ({changed[0]}={was}, now {given}): {ANOTHER}"
-            )
+        if changed := changed_setting(composed(noted[folder]), cfg):
+            raise SweepRefused(f"{shown(folder)} is noted with other settings ({changed}): {ANOTHER}")
 
 
-def changed_settings(before: Any, now: Any) -> list[str]:
-    """Settings that differ though they may not; of two configs."""
+def changed_setting(before: Any, now: Any) -> str | None:
+    """Name the first setting that differs between two configs though it may not: `KEY=WAS, now GIVEN`."""
     from omegaconf import OmegaConf
 
     one, two = (flat(OmegaConf.create(OmegaConf.to_yaml(cfg))) for cfg in (before, now))
-    return [key for key in differing(one, two) if key not in MAY_CHANGE]
+    for key in {**two, **one}:
+        if one.get(key) != two.get(key) and key not in MAY_CHANGE:
+            was, given = (OmegaConf.select(which, key) for which in (before, now))
+            return f"{key}={was}, now {given}"
+    return None
 
 
 def refuse_changed_saes(folder: Path) -> None:
@@ -239,20 +213,3 @@ def refuse_changed_saes(folder: Path) -> None:
                 f"{shown(folder)} was begun with another SAE at {site}: {sae['path']} had sha256"
                 f" {sae['sha256'][:12]}, now {found[:12]}; put it back, or take another hydra.run.dir"
             )
-
-
-def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """A config as {dotted key: value}."""
-    from omegaconf import OmegaConf
-
-    found: dict[str, Any] = {}
-    values = OmegaConf.to_container(cfg) if not isinstance(cfg, dict) else cfg
-    assert isinstance(values, dict)
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
-
-
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys whose values differ, or that only one has."""
-    return [key for key in {**now, **before} if before.get(key) != now.get(key)]

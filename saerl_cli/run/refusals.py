@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, get_origin, get_type_hints
+from typing import Any, cast, get_origin, get_type_hints
 
 from saerl_cli.config.renamed import renamed
 
@@ -79,23 +79,19 @@ def natural(name: str) -> list[Any]:
     return [1, "mb".index(size[2]), float(size[1]), size[3]] if size else [0, name]
 
 
-def settings(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a dataclass."""
+def fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a dataclass: every dotted key and its type."""
     for name, kind in get_type_hints(schema).items():
-        yield prefix + name
+        yield prefix + name, kind
         if dataclasses.is_dataclass(kind):
-            yield from settings(as_type(kind), f"{prefix}{name}.")
+            yield from fields(cast(type, kind), f"{prefix}{name}.")
 
 
-def named_parts(schema: type, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of the settings whose parts the user names (`reward.parts`)."""
-    for name, kind in get_type_hints(schema).items():
-        if get_origin(kind) is dict:
-            yield prefix + name
-        if dataclasses.is_dataclass(kind):
-            yield from named_parts(as_type(kind), f"{prefix}{name}.")
+def settings(schema: type) -> list[str]:
+    """List every dotted key of a dataclass."""
+    return [key for key, _ in fields(schema)]
 
 
-def as_type(kind: Any) -> type:
-    """The dataclass itself, for the type checker."""
-    return kind
+def named_parts(schema: type) -> list[str]:
+    """List the dotted keys of the settings whose parts the user names (`reward.parts`)."""
+    return [key for key, kind in fields(schema) if get_origin(kind) is dict]

@@ -53,13 +53,12 @@ def record_of(sweep: Path, folder: Path, overrides: Sequence[str]) -> dict[str, 
     """A point as plain data, from its run directory."""
     run = Run(folder)
     record = run.record
-    summary = run.read_summary() if (folder / "summary.json").is_file() else {}
     return {
         "point": os.path.relpath(folder, sweep),
         "overrides": list(overrides),
         "status": true_status(run, record) if record else "not started",
         "objective": record.get("result"),
-        "numbers": {key: value for key, value in summary.items() if isinstance(value, int | float | str)},
+        "numbers": run.numbers(),
         "folder": str(shown(folder)),
         "error": record.get("error"),
     }

@@ -27,7 +27,7 @@ def job(cfg: Any) -> float | None:
     name = str(hydra.job.config_name)
     run = Run(hydra.runtime.output_dir)
     if run.status == "completed":
-        say(f"{shown(run.path)} is complete already: {key_numbers(run)}")
+        say(f"{shown(run.path)} is complete already: {run.key_numbers()}")
         return run.record.get("result")
     config = typed(cfg, resolve(JOBS[name].schema))
     command = command_line(name, hydra)
@@ -91,12 +91,3 @@ def command_line(name: str, hydra: Any) -> str:
         words += ["--config-dir", path]
     words += [*hydra.overrides.task, as_override("hydra.run.dir", str(shown(Path(hydra.runtime.output_dir))))]
     return shlex.join(words)
-
-
-def key_numbers(run: Run, limit: int = 6) -> str:
-    """The first numbers of a run's summary.json, for a line of text."""
-    file = run.path / "summary.json"
-    numbers = run.read_summary() if file.is_file() else {}
-    plain = {key: value for key, value in numbers.items() if isinstance(value, int | float | str)}
-    parts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain.items()]
-    return ", ".join(parts[:limit])

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from saerl_cli.config import flat
 from saerl_cli.run.directory import Run, shown, true_status
 from saerl_cli.run.files import last_jsonl
 
@@ -89,7 +90,7 @@ def how_far(run: Run, rows: Sequence[dict[str, Any]]) -> str:
     """`phase 12/40, about 90 s left`, as far as the job's files tell."""
     if not rows:
         return "starting"
-    settings = flat_settings(run)
+    settings = flat(run.settings)
     for key, setting in PROGRESS.get(str(run.record.get("job")), ()):
         total = settings.get(setting)
         if key in rows[-1] and total:
@@ -97,13 +98,6 @@ def how_far(run: Run, rows: Sequence[dict[str, Any]]) -> str:
             left = f", about {sum(seconds) / len(seconds) * (total - done):.0f} s left" if seconds else ""
             return f"{key} {done:,}/{total:,}{left if done < total else ', closing'}"
     return ""
-
-
-def flat_settings(run: Run) -> dict[str, Any]:
-    """The settings of a run, {dotted key: value}."""
-    from saerl_cli.run.preflight import flat
-
-    return flat(run.settings)
 
 
 def numbers(row: dict[str, Any]) -> str:

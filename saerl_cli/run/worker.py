@@ -9,13 +9,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from saerl_cli.config import typed
+from saerl_cli.config import flat, typed
 from saerl_cli.run import lock
 from saerl_cli.run.directory import Run, shown
 from saerl_cli.run.files import write_json
 from saerl_cli.run.jobs import resolve
 from saerl_cli.run.launch import AFTERMATH_S
-from saerl_cli.run.preflight import flat
 
 ORPHAN_CHECK_S = 0.2
 
