@@ -223,7 +223,7 @@ def reproduce(
 @app.command("plan", cls=Command, context_settings=HYDRA)
 def plan(
     command: Annotated[
-        str, typer.Argument(metavar="COMMAND", help="train-lm, train-sae, train-reward, rlhf or evaluate.")
+        str, typer.Argument(metavar="COMMAND", help="train-lm, train-sae, train-reward, rlhf, evaluate or eval-sae.")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The words that would follow the command.")
@@ -233,15 +233,16 @@ def plan(
         str, typer.Option("--sae", help="Words of the saerl train-sae that makes SAEs which are not there yet.")
     ] = "",
     length: Annotated[
-        float | None, typer.Option("--length", help="Tokens of a completion on average; the longest when empty.")
+        float | None,
+        typer.Option("--length", help="Tokens of a completion on average, where nothing is run."),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", help="A GPU by its published numbers, as a100-80gb or h200; or here.")
     ] = "",
     probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Time pieces of the job here, a minute at most; kept.")
+        bool, typer.Option("--probe/--no-probe", help="Run the job shortly here, once or twice; what is found is kept.")
     ] = True,
-    again: Annotated[bool, typer.Option("--again", help="Time also what was timed before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run it again; the faster is kept.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write that JSON to a file too.")] = None,
 ) -> None:

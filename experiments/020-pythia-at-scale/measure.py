@@ -25,7 +25,7 @@ from saerl_cli.activations import capture
 from saerl_cli.adapter import sparse_coeffs
 from saerl_cli.config.sae import Architecture, SaeConfig
 from saerl_cli.models import resolve_sites
-from saerl_cli.plan.shapes import PYTHIA
+from saerl_cli.plan.meta import PYTHIA
 from saerl_cli.rl.training.config import PPOConfig
 from saerl_cli.rl.training.phase import PPOTrainer
 from saerl_cli.sae.autoencoder import SAE

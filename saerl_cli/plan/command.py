@@ -1,25 +1,27 @@
 """`saerl plan COMMAND`: the job's settings, its sizes, its times."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from saerl_cli.plan import eval_sae, evaluation, language, rlhf, sae
-from saerl_cli.plan.compose import composed
-from saerl_cli.plan.machine import Machine, as_record, published, threads_of
-from saerl_cli.plan.work import Estimate, Phase, Piece, Work
+from saerl_cli.config import typed
+from saerl_cli.config.groups import ALL_GPUS
+from saerl_cli.run.configs import conf_dir, config_dirs, register_schema
+from saerl_cli.run.jobs import JOBS, resolve
+from saerl_cli.run.launch import gpus
+from saerl_cli.run.refusals import readable
+from saerl_cli.run.words import expand_sites, split_words
+
+if TYPE_CHECKING:
+    from saerl_cli.plan.machine import Machine
+    from saerl_cli.plan.meta import Estimate
 
 PLANNED = ("train-lm", "train-sae", "train-reward", "rlhf", "evaluate", "eval-sae")
 """Commands that can be planned."""
-HERE = "here"
-ELSEWHERE = "a100-80gb"
-"""What GPUs are taken to be where a job asks for several and none is here."""
-ON_HOST = ("text", "examples")
-"""What is held throughout, but never on a GPU."""
-BUDGET_S = 55.0
-"""Seconds after which no further piece is timed."""
-
-SPLIT = ["times leave out that split weights are gathered from the other processes in every pass"]
-"""Said of a split model."""
+HERE, ELSEWHERE = "here", "a100-80gb"
+"""What --device says of this machine, and what GPUs are taken to be where a job asks for several and none is here."""
+START_S = 13.0
+"""Imports and loading, where nothing was run."""
 
 
 def plan(
@@ -37,140 +39,152 @@ def plan(
         command: its command word.
         words: what would follow that.
         device: a GPU's name, `here`, or empty: here where the job could run here.
-        probing: time pieces of the job that were not timed before.
+        probing: run the job shortly where that was not done before.
         sae_words: of the `saerl train-sae` that makes SAEs which are not there yet.
-        length: tokens of a completion on average.
-        again: time also what was timed before.
+        length: tokens of a completion on average, where the job is not run.
+        again: run also what was run before.
 
     Raises:
         ValueError: one line about what cannot be planned.
     """
     if command not in PLANNED:
         raise ValueError(f"saerl plan has no word {command}; write one of {', '.join(PLANNED)}")
-    config = composed(command.replace("-", "_"), words)
-    if config.launch.num_processes < 1:  # a process on every GPU of a machine that may be another
-        from saerl_cli.run.launch import gpus
-
-        config.launch.num_processes = max(1, gpus())
+    config = composed(command, words)
     if length is not None and length <= 0:
         raise ValueError(f"--length is in tokens, > 0, got {length:g}")
-    found = estimate(command, config, list(sae_words), length)
-    machine = machine_for(found, config.launch, device, probing, again)
-    return described(found, machine)
+    missing = unmade(command, config)
+    making = composed("train-sae", sae_words) if missing else None
+    if making is not None and command == "rlhf":
+        making.model = config.model
+    found = estimate(command, config, making, length)
+    if missing:
+        what = " ".join(["saerl train-sae", *sae_words])
+        found.notes.insert(0, f"{missing} is not there yet: taken to hold what `{what}` makes")
+    from saerl_cli.plan.machine import present, published
 
-
-def estimate(command: str, config: Any, sae_words: list[str], length: float | None) -> Estimate:
-    """Sizes and work of a command's job."""
-    counts: dict[str, Callable[[], Estimate]] = {
-        "train-lm": lambda: language.train_lm(config),
-        "train-sae": lambda: sae.estimate(config),
-        "train-reward": lambda: language.train_reward(config),
-        "rlhf": lambda: rlhf.estimate(config, sae_words, length),
-        "evaluate": lambda: evaluation.estimate(config, length),
-        "eval-sae": lambda: eval_sae.estimate(config, sae_words),
-    }
-    return counts[command]()
-
-
-def machine_for(found: Estimate, launch: Any, device: str, probing: bool, again: bool) -> Machine:
-    """What the times are those of: this machine where it can do the job, else a GPU by its published numbers."""
-    from saerl_cli.run.launch import gpus
-
-    elsewhere = not launch.cpu and launch.num_processes > max(1, gpus())
+    elsewhere = not config.launch.cpu and config.launch.num_processes > max(1, gpus())
     name = device or (ELSEWHERE if elsewhere else HERE)
     if name != HERE:
-        return published(name)
+        return described(command, config, found, published(name), {})
     from saerl_cli.plan.probe import probe
 
-    cpu = launch.cpu or not gpus()
-    threads, budget = threads_of(launch.threads, launch.num_processes), BUDGET_S if probing else 0.0
-    return probe(by_weight(found), threads, cpu, budget, again)
+    machine = present(config.launch)
+    try:
+        job = (command, list(words), config, list(sae_words) if missing else None)
+        timed = probe(job, found.count, machine, probing, again)
+    except TimeoutError:
+        timed = {}
+        found.notes.append("a short run took too long and was given up")
+    return described(command, config, found, machine, timed)
 
 
-def by_weight(found: Estimate) -> list[Piece]:
-    """The pieces of a job, those first on which most is computed or moved."""
-    weights: dict[Piece, float] = {}
-    for phase in found.phases:
-        for times, part in phase.work:
-            cost = part.flops / 3e10 + part.bytes / 5e9 + part.calls * 5e-6
-            weights[part] = weights.get(part, 0.0) + phase.count * times * cost
-    return sorted(weights, key=lambda part: -weights[part])
+def composed(command: str, words: Sequence[str]) -> Any:
+    """The settings of a command as its job would compose them, without asking for what is not there yet.
+
+    Raises:
+        ValueError: a word that makes no sense, a contradiction, or a flag that does not choose settings.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    name, (flags, overrides) = command.replace("-", "_"), split_words(words)
+    extra = [flag for flag in flags if flag.startswith("-") and flag not in ("--config-dir", "-cd")]
+    if extra:
+        raise ValueError(f"saerl plan plans one job; leave out {extra[0]}")
+    register_schema(name)
+    schema, places = resolve(JOBS[name].schema), ",".join(f"file://{path}" for path in config_dirs(flags))
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose(name, [f"hydra.searchpath=[{places}]", *expand_sites(overrides, conf_dir(), False)])
+        if cfg.launch.num_processes == ALL_GPUS:  # of a machine that may be another
+            cfg.launch.num_processes = max(1, gpus())
+        return typed(cfg, schema)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(readable(error, name, schema)) from None
 
 
-# --- as plain data --------------------------------------------------------------------------------------------------
+def unmade(command: str, config: Any) -> str:
+    """The folder of SAEs that the job reads, where it has yet to be made."""
+    paths = config.paths() if command == "eval-sae" else [config.adapter.saes] if command == "rlhf" else []
+    return "" if any(path is None or Path(path).is_dir() for path in paths) else next(iter(paths), "")
 
 
-def described(found: Estimate, machine: Machine) -> dict[str, Any]:
-    """Everything that the table shows, and more."""
-    libraries = resident(found, machine) if machine.on_cpu else 0.0
-    stays = {"libraries": libraries, **found.stays}
-    if not machine.on_cpu:
-        stays = {name: size for name, size in stays.items() if name not in ON_HOST}
-    stays = {name: round(size) for name, size in stays.items() if size}
-    total = sum(stays.values())
-    phases = [described_phase(phase, machine, total) for phase in found.phases]
-    peak = max(phases, key=lambda phase: phase["peak_bytes"])
-    seconds = sum(phase["count"] * phase["seconds"] for phase in phases)
-    every: Work = [(phase.count * times, part) for phase in found.phases for times, part in phase.work]
+def estimate(command: str, config: Any, making: Any, length: float | None) -> "Estimate":
+    """Sizes and work of a command's job, counted on its objects; `making` trains SAEs that are not there yet."""
+    from saerl_cli.models import quiet_transformers
+    from saerl_cli.plan import language, rlhf, saes
+
+    with quiet_transformers():
+        if command == "rlhf":
+            return rlhf.rlhf(config, making, length)
+        if command == "evaluate":
+            return rlhf.evaluate(config, length)
+        if command == "eval-sae":
+            return saes.eval_sae(config, making)
+        counts = {"train-lm": language.train_lm, "train-reward": language.train_reward, "train-sae": saes.train_sae}
+        return counts[command](config)
+
+
+def described(
+    command: str, config: Any, found: "Estimate", machine: "Machine", timed: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that the table shows.
+
+    Args:
+        command: its command word.
+        config: its settings.
+        found: its sizes and work.
+        machine: what the times are those of.
+        timed: what short runs found (`saerl_cli.plan.probe`); empty where there were none.
+    """
+    stays = {name: round(held) for name, held in found.stays.items() if held}
+    base = sum(stays.values())
+    counted = {
+        "start": (START_S, base),
+        "repeated": (machine.seconds(found.once, found.one), base + found.holds),
+        "rest": (machine.seconds(found.measurement, found.one), base + found.measuring),
+    }
+    parts = timed.get("parts") or {
+        part: {"seconds": seconds, "cpu_seconds": 0.0, "peak_bytes": peak} for part, (seconds, peak) in counted.items()
+    }
+    rows = {
+        "start": ("start and text", 1, 0.0),
+        "repeated": (found.repeated, found.count, float(found.once[0])),
+        "look": ("looks", timed.get("looks", 0), 0.0),
+        "rest": ("measurement", 1, float(found.measurement[0])),
+    }
+    phases = [
+        {"name": name, "count": count, "flops": flops, **parts[part]}
+        for part, (name, count, flops) in rows.items()
+        if count
+    ]
+    whole = {key: sum(one["count"] * one[key] for one in phases) for key in ("flops", "seconds", "cpu_seconds")}
+    peak, processes = max(phases, key=lambda phase: phase["peak_bytes"]), config.launch.num_processes
     return {
-        "command": found.command,
-        "processes": found.processes,
-        "dtype": found.dtype,
-        "machine": as_record(machine),
-        "parameters": found.parameters,
+        "command": command,
+        "processes": processes,
+        "dtype": found.one.dtype,
+        "machine": machine.record(),
+        "timed": timed.get("timed"),
+        "parameters": {name: number for name, number in found.parameters.items() if number},
         "stays_bytes": stays,
         "phases": phases,
-        "peak_bytes": peak["peak_bytes"],
+        "peak_bytes": round(peak["peak_bytes"]),
         "peak_phase": peak["name"],
-        "fits": peak["peak_bytes"] * (found.processes if machine.on_cpu else 1) <= machine.memory,
-        "flops": found.processes * sum(phase["count"] * phase["flops"] for phase in phases),
-        "seconds": seconds,
-        "timed_share": machine.timed(every),
-        "disk_bytes": {name: round(size) for name, size in found.disk.items() if size},
-        "notes": [
-            *found.notes,
-            *assumptions(machine, every, libraries),
-            *(SPLIT if "gathered weights" in stays else []),
-        ],
-        "pieces": {part.key: machine.seconds(part) for _, part in every},
+        "fits": peak["peak_bytes"] * (processes if machine.on_cpu else 1) <= machine.memory,
+        **whole,
+        "flops": processes * whole["flops"],
+        "disk_bytes": {name: round(held) for name, held in found.disk.items() if held},
+        "notes": [*found.notes, *assumed(machine, timed, whole["cpu_seconds"] / whole["seconds"])],
     }
 
 
-def described_phase(phase: Phase, machine: Machine, stays: float) -> dict[str, Any]:
-    """One phase: bytes and operations of one process, seconds at full speed."""
-    counts = machine.on_cpu or not phase.on_host
-    held = phase.holds | (phase.on_cpu if machine.on_cpu else phase.on_gpu)
-    holds = {name: round(size) for name, size in held.items() if size and counts}
-    spent = machine.total(phase.work) / machine.threads if machine.on_cpu else machine.total(phase.work)
-    return {
-        "name": phase.name,
-        "count": phase.count,
-        "flops": phase.flops,
-        "seconds": spent,
-        "cpu_seconds": machine.total(phase.work) if machine.on_cpu else None,
-        "holds_bytes": holds,
-        "peak_bytes": round(stays + sum(holds.values())),
-    }
-
-
-def resident(found: Estimate, machine: Machine) -> float:
-    """Bytes that a worker's libraries hold, where that was measured."""
-    for phase in found.phases:
-        for _, part in phase.work:
-            if part.kind == "start" and "modules=command" not in part.key:
-                return machine.known.get(part.key, {}).get("resident_bytes", 0.0)
-    return 0.0
-
-
-def assumptions(machine: Machine, work: Work, libraries: float) -> list[str]:
-    """How far the numbers can be trusted."""
-    if not machine.measured:
-        return [
-            f"times are not measured: 40 % of the published products and 60 % of the bandwidth of one {machine.name}"
-        ]
-    notes, share = [], machine.timed(work)
-    if machine.on_cpu and not libraries:
-        notes.append("memory is without that of the libraries, which was not measured here")
-    if share < 0.9:
-        notes.append(f"{1 - share:.0%} of the time rests on the machine's general rates, not on pieces of this job")
-    return notes
+def assumed(machine: "Machine", timed: dict[str, Any], share: float) -> list[str]:
+    """How far the times can be trusted; `share` is that of a core which the short runs got."""
+    if not machine.here:
+        return [f"not measured: 40 % of the published products and 60 % of the bandwidth of one {machine.name}"]
+    if not timed:
+        return ["not run: times are those of products at half the speed of a large one; memory is without libraries"]
+    busy = machine.on_cpu and share < 0.7
+    return [f"other work ran beside the short runs, which got {share:.0%} of a core"] if busy else []

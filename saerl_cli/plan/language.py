@@ -1,23 +1,20 @@
 """`saerl train-lm` and `saerl train-reward` before they run."""
 
-from math import ceil
+import torch
+from transformers import AutoModelForSequenceClassification
 
-from saerl_cli.config.groups import DataKind, ModelKind
-from saerl_cli.config.pairs import PairsKind
+from saerl_cli.config.groups import DataKind, ModelKind, Precision
 from saerl_cli.config.train_lm import TrainLmConfig
 from saerl_cli.config.train_reward import TrainRewardConfig
+from saerl_cli.data.pairs import read_pairs
 from saerl_cli.jobs.train_lm import VOCABULARY_LIMIT
-from saerl_cli.models import describe
-from saerl_cli.plan.launches import weights
-from saerl_cli.plan.policy import PHASE, TRAINER_STEP
-from saerl_cli.plan.shapes import from_description, shape_of
-from saerl_cli.plan.text import REVIEW_BYTES, reading
-from saerl_cli.plan.work import SAVED, SIZE, Estimate, Phase, Work, adam, forward, logits, piece, small, start
+from saerl_cli.models import context_size, describe, without_weights
+from saerl_cli.plan.meta import Estimate, count, language_model, sequence, size, trunk, weights
 
-PLANTED_PAIRS = 2000
-"""Pairs of the planted language where settings do not say."""
 HELDOUT_TOKENS = 130_000
-"""Of the planted language, on which a new model's loss is measured."""
+"""On which a new model's loss is measured, about."""
+UNKNOWN_PAIRS = 100_000
+"""Pairs of a file that is not there yet."""
 
 
 def train_lm(config: TrainLmConfig) -> Estimate:
@@ -28,125 +25,57 @@ def train_lm(config: TrainLmConfig) -> Estimate:
     """
     if config.model.kind is not ModelKind.planted:
         raise ValueError("train-lm makes a new model: leave model=planted and give its sizes in model.planted")
-    planted, description = config.model.planted, describe(config.model)
-    notes: list[str] = []
+    planted, launch, description, notes = config.model.planted, config.launch, describe(config.model), []
     if config.data.kind is not DataKind.planted:
         description.vocab_size = VOCABULARY_LIMIT
         notes.append(f"the vocabulary of the text is taken to have {VOCABULARY_LIMIT} words")
-    shape = from_description(description)
-    text, text_bytes, more = reading(config.data, config.model, REVIEW_BYTES)
-    rows, seq, n = planted.batch_size, planted.context_size, shape.parameters
-    tokens, parts = rows * seq, config.launch.shards
-    step: Work = [
-        (1, forward(shape, shape.layers, rows, seq, "float32", "weights")),
-        (
-            1,
-            piece(
-                "cross_entropy",
-                6 * tokens * shape.embedding,
-                4 * 8 * tokens * shape.vocabulary,
-                20,
-                width=shape.width,
-                vocabulary=shape.vocabulary,
-                tokens=tokens,
-            ),
-        ),
-        (1, adam(n)),
-        small(300),
-    ]
-    heldout = planted.documents // 10 * 35 if config.data.kind is DataKind.planted else HELDOUT_TOKENS
-    measured = heldout / tokens
+    model = without_weights(description).requires_grad_(True)
+    n, rows = count(model.parameters()), planted.batch_size / launch.num_processes
+    one = sequence(model, planted.context_size, config.model, launch)
+    logits, heldout = rows * one.tokens * one.logits, HELDOUT_TOKENS / one.tokens
     return Estimate(
-        "train-lm",
-        1,
-        "float32",
         {"language model": n, "trained": n},
-        weights(shape, 4, config.launch)
-        | {"gradients": 4.0 * n / parts, "optimiser": 8.0 * n / parts, "text": text_bytes},
-        [
-            Phase("start and text", 1, [(1, start("lm")), (1, start("command")), *text]),
-            Phase(
-                "steps",
-                planted.steps,
-                step,
-                {
-                    "activations": tokens * shape.layers * SAVED["weights"] * shape.width * 4,
-                    "logits": 4.0 * 4 * tokens * shape.vocabulary,
-                },
-            ),
-            Phase(
-                "held-out loss",
-                1,
-                [
-                    (measured, forward(shape, shape.layers, rows, seq, "float32")),
-                    (measured, logits(shape, tokens, "float32")),
-                ],
-                {"logits": 3.0 * 4 * tokens * shape.vocabulary},
-            ),
-        ],
-        {"model": 4.0 * n, "checkpoint": 12.0 * n},
-        notes + more,
-    )
-
-
-def train_reward(config: TrainRewardConfig) -> Estimate:
-    """A reward model: every weight and a score head, two sequences a pair."""
-    shape, _ = shape_of(config.model)
-    processes, dtype = config.launch.num_processes, "float32"
-    computes = "float32" if config.launch.mixed_precision.value == "no" else "bfloat16"
-    pairs, notes = number_of_pairs(config)
-    length = min(config.max_length or shape.context, shape.context)
-    notes.append(f"pairs are taken to be as long as max_length allows: {length} tokens a reply")
-    micro = config.micro_batch or config.batch_size // processes
-    steps = ceil(pairs * config.epochs / config.batch_size)
-    n = shape.trunk + shape.width
-    batches = config.batch_size / processes / micro
-    step: Work = [
-        (batches, forward(shape, shape.layers, 2 * micro, length, computes, "weights")),
-        (1, adam(n)),
-        small(TRAINER_STEP),
-    ]
-    low = 2.0 * n if computes != dtype else 0.0
-    heldout = config.pairs.heldout / micro / processes
-    gradients = 4.0 * n * (2 if processes > 1 else 1)
-    return Estimate(
-        "train-reward",
-        processes,
-        computes,
-        {"language model": shape.parameters, "trained": n},
-        {
-            "reward model": SIZE[dtype] * n,
-            "gradients": gradients,
-            "optimiser": 8.0 * n,
-        },
-        [
-            Phase("start", 1, [(1, start("rl")), (1, start("command")), small(PHASE)]),
-            Phase(
-                "steps",
-                steps,
-                step,
-                {
-                    "activations": 2 * micro * length * shape.layers * SAVED["weights"] * shape.width * SIZE[computes],
-                    "weights for autocast": low,
-                },
-            ),
-            Phase("held-out pairs", 1, [(heldout, forward(shape, shape.layers, 2 * micro, length, computes))]),
-        ],
+        weights(model, launch) | {"gradients": 4.0 * n / launch.shards, "optimiser": 8.0 * n / launch.shards},
+        one,
+        one.passes(heldout, one.tokens, split=heldout / rows),
+        3 * logits,
+        "steps",
+        planted.steps,
+        one.passes(rows, one.tokens, back=True),
+        rows * one.saved + 4 * logits,
         {"model": 4.0 * n, "checkpoint": 12.0 * n},
         notes,
     )
 
 
-def number_of_pairs(config: TrainRewardConfig) -> tuple[int, list[str]]:
-    """Training pairs, and what was assumed; those of a file are counted where it is there."""
-    from saerl_cli.data.pairs import read_pairs
-
-    pairs = config.pairs
-    if pairs.kind is PairsKind.planted:
-        return pairs.count or PLANTED_PAIRS, []
-    if pairs.count is not None:
-        return pairs.count, []
+def train_reward(config: TrainRewardConfig) -> Estimate:
+    """A reward model: every weight and a score head, two sequences a pair."""
+    model, launch = language_model(config.model), config.launch
+    model.config.num_labels = 1
+    with torch.device("meta"):
+        scored = AutoModelForSequenceClassification.from_config(model.config)
+    n, held = count(scored.parameters()), size(scored.parameters())
+    longest = min(config.max_length or context_size(model.config), context_size(model.config))
+    trunk(model).requires_grad_(True)
+    one = sequence(model, longest, config.model, launch)
+    rows = 2 * config.batch_size / launch.num_processes
+    micro = 2 * config.micro_batch if config.micro_batch else rows
+    notes = [f"replies are counted as long as max_length allows: {longest} tokens"]
     try:
-        return len(read_pairs(pairs, config.model, "train")), []
+        pairs = len(read_pairs(config.pairs, config.model, "train"))
     except ValueError:
-        return 100_000, [f"{pairs.path} is not there: taken to hold 100,000 pairs (pairs.count says otherwise)"]
+        pairs = config.pairs.count or UNKNOWN_PAIRS
+        notes.append(f"{config.pairs.path} is not there: taken to hold {pairs:,} pairs (pairs.count says otherwise)")
+    return Estimate(
+        {"language model": count(model.parameters()), "trained": n},
+        {"reward model": held, "gradients": 4.0 * n * (1 + (launch.num_processes > 1)), "optimiser": 8.0 * n},
+        one,
+        one.passes(4 * config.pairs.heldout, split=config.pairs.heldout / 8),
+        0.0,
+        "steps",
+        config.epochs * (pairs // config.batch_size),
+        one.passes(rows, back=True, split=rows / micro),
+        micro * one.saved + 2.0 * n * (launch.mixed_precision is not Precision.no),
+        {"model": 4.0 * n, "checkpoint": 12.0 * n},
+        notes,
+    )

@@ -1,72 +1,62 @@
 """A plan as text."""
 
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
+
+HEAD = ("", "times", "operations", "seconds", "in all", "peak memory")
 
 
 def text_of(found: dict[str, Any]) -> str:
     """Tables of parameters, memory and time, and what was assumed."""
     machine, processes = found["machine"], found["processes"]
-    each = "process" if processes > 1 else "the process"
-    lines = [f"saerl {found['command']} on {where(machine, processes)}", ""]
-    lines += ["Parameters", *rows((name, number(n)) for name, n in found["parameters"].items() if n)]
-    lines += ["", f"Memory of {each}, held throughout"]
-    lines += rows((name, size(n)) for name, n in found["stays_bytes"].items())
-    lines += ["", "Phases", *columns([HEAD, *(phase_row(phase) for phase in found["phases"])])]
-    verdict = "fits" if found["fits"] else "does NOT fit"
-    measured = "" if machine["measured"] else ", not measured"
-    lines += [
-        "",
-        f"Peak memory  {size(found['peak_bytes'])} a process, in {found['peak_phase']}: {verdict} into"
-        f" {size(machine['memory_bytes'])}",
-        f"Time         {duration(found['seconds'])} at full speed{measured};"
-        f" {found['flops']:.3g} floating-point operations in products",
-    ]
-    if found["disk_bytes"]:
-        disk = ", ".join(f"{name} {size(n)}" for name, n in found["disk_bytes"].items())
-        lines.append(f"Disk         {disk}")
-    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
-
-
-HEAD = ("", "times", "memory beside", "peak", "operations", "seconds", "in all")
+    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)} a process" if machine["measured"] else ""
+    many, unknown = f"{processes} x " if processes > 1 else "", "" if found["timed"] else " (not measured)"
+    peak = f"{size(found['peak_bytes'])} a process, in {found['peak_phase']}"
+    cpu = f", {found['cpu_seconds']:,.0f} CPU seconds" if found["cpu_seconds"] else ""
+    age = f"; from short runs {ago(found['timed'])} (--again runs them once more)" if found["timed"] else unknown
+    disk = ", ".join(f"{name} {size(n)}" for name, n in found["disk_bytes"].items())
+    return "\n".join(
+        [
+            f"saerl {found['command']} on {many}{machine['device']}{threads}{unknown}",
+            "",
+            "Parameters",
+            *columns((name, f"{n:,}") for name, n in found["parameters"].items()),
+            "",
+            f"Memory of {'a' if processes > 1 else 'the'} process, held throughout",
+            *columns((name, size(n)) for name, n in found["stays_bytes"].items()),
+            "",
+            "Phases",
+            *columns([HEAD, *map(phase_row, found["phases"])]),
+            "",
+            f"Peak memory  {peak}: {'fits' if found['fits'] else 'does NOT fit'} into {size(machine['memory_bytes'])}",
+            f"Time         {duration(found['seconds'])}{cpu}{age}",
+            *([f"Disk         {disk}"] if disk else []),
+            *(f"note: {note}" for note in found["notes"]),
+        ]
+    )
 
 
 def phase_row(phase: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table of phases."""
     return (
         phase["name"],
-        number(phase["count"]),
-        size(sum(phase["holds_bytes"].values())),
-        size(phase["peak_bytes"]),
+        f"{phase['count']:,}",
         f"{phase['flops']:.2g}" if phase["flops"] else "-",
         f"{phase['seconds']:.3g}",
         duration(phase["count"] * phase["seconds"]),
+        size(phase["peak_bytes"]),
     )
 
 
-def where(machine: dict[str, Any], processes: int) -> str:
-    """The machine in words."""
-    many = f"{processes} x " if processes > 1 else ""
-    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)} a process" if machine["measured"] else ""
-    return f"{many}{machine['device']}{threads}{'' if machine['measured'] else ' (not measured)'}"
-
-
-def columns(table: list[tuple[str, ...]]) -> list[str]:
+def columns(table: Iterable[tuple[str, ...]]) -> list[str]:
     """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = list(table)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
+        for row in lines
     ]
-
-
-def rows(pairs: Any) -> list[str]:
-    """Names and numbers in two columns."""
-    return columns(list(pairs) or [("nothing", "")])
-
-
-def number(value: float) -> str:
-    """With commas."""
-    return f"{value:,.0f}"
 
 
 def size(value: float) -> str:
@@ -80,3 +70,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
+
+
+def ago(moment: str) -> str:
+    """How long ago something was."""
+    return f"{duration((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())} ago"

@@ -71,6 +71,8 @@ def do(folder: Path, schema: str, work: str, rank: int) -> float | None:
     result = resolve(work)(config, run, accelerator)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.device.type == "cuda":
+        run.update(peak_gpu_bytes=peak_gpu_bytes())
     return None if result is None else float(result)
 
 
@@ -93,6 +95,13 @@ def device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def peak_gpu_bytes() -> int:
+    """The most memory that tensors of this process have held on its GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def report(folder: Path, rank: int, error: Exception) -> None:
