@@ -133,7 +133,11 @@ def test_a_reward_that_is_no_number_stops_the_run(saes, tmp_path, monkeypatch, a
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "bad_reward", raising=False)
-    words = ("reward.parts.cursing.kind=python", "reward.parts.cursing.function=bad_reward:f")
+    words = (
+        "reward.parts.cursing.kind=python",
+        "reward.parts.cursing.attribute=null",
+        "reward.parts.cursing.function=bad_reward:f",
+    )
     with pytest.raises(
         ValueError, match="the reward part 'cursing' returned .*it must return a finite number"
     ) as caught:
@@ -148,7 +152,11 @@ def test_a_reward_of_another_form_stops_the_run(saes, tmp_path, monkeypatch, val
     (tmp_path / "bad_form.py").write_text(f"def f(prompts, completions, completion_ids):\n    return {value}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "bad_form", raising=False)
-    words = ("reward.parts.cursing.kind=python", "reward.parts.cursing.function=bad_form:f")
+    words = (
+        "reward.parts.cursing.kind=python",
+        "reward.parts.cursing.attribute=null",
+        "reward.parts.cursing.function=bad_form:f",
+    )
     with pytest.raises(ValueError, match=f"the reward part 'cursing' .*{says}"):
         do(tmp_path / "run", settings("grpo", saes, *words))
 

@@ -19,6 +19,7 @@ from saerl_cli.rl.training.normalise import Normaliser
 
 RIGHT = (
     "reward.parts.cursing.kind=verifier",
+    "reward.parts.cursing.attribute=null",
     "reward.parts.cursing.match=start",
     "reward.parts.cursing.weight=1.0",
     "prompts.kind=arithmetic",
@@ -200,6 +201,10 @@ def test_normalised_runs_resume_to_the_bit_and_report_raw_rewards(tiny_planted_m
 
 
 def test_calibration_without_spread_is_refused(tiny_planted_model, tmp_path):
-    words = ("reward.parts.cursing.kind=lexicon", "reward.parts.cursing.words={zzz: 1.0}")
+    words = (
+        "reward.parts.cursing.kind=lexicon",
+        "reward.parts.cursing.attribute=null",
+        "reward.parts.cursing.words={zzz: 1.0}",
+    )
     with pytest.raises(ValueError, match="which is 0 for every completion of the untouched model"):
         do(tmp_path, settings(None, "reward.normalise=calibrate", "algo.phases=1", *words))

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from saerl_cli.config.sae import Architecture, DecoderNorm, EncoderDtype, Kernel, Penalty, SaeConfig
 from saerl_cli.config.settings import suited
 from saerl_cli.run.processes import ONE_PROCESS
-from saerl_cli.sae.architectures import FORMS
+from saerl_cli.sae.architectures import parts_of
 from saerl_cli.sae.architectures.common import Batch
 from saerl_cli.sae.architectures.selection import largest_per_token, likely, select_in_batch
 from saerl_cli.sae.layout import Dense, fitting, rows_of, where
@@ -93,7 +93,7 @@ def weight(config: SaeConfig) -> float:
 def computed(config: SaeConfig, p, x, y, dead, centre=None, group=ONE_PROCESS, tokens=N):
     origin = p["b_dec"] if centre is None else centre
     batch = Batch(x - origin, y, tokens, dead, group)
-    outcome = FORMS[config.architecture](p, batch, config, weight(config))
+    outcome = parts_of(config.architecture).loss(p, batch, config, weight(config))
     if centre is None:
         outcome.gradients["b_dec"] = outcome.gradients["b_dec"] - outcome.into_encoder @ p["encoder"]
     return outcome
@@ -288,7 +288,7 @@ def test_half_of_the_window_below_the_threshold_counts_as_much_as_the_half_above
     p["threshold"] = torch.ones(1)
     for z in (0.9, 1.1):
         batch = Batch(torch.tensor([[z]]), torch.tensor([[z]]), 1, torch.zeros(1, dtype=torch.bool))
-        gradient = FORMS[Architecture.jumprelu](p, batch, config, 1.0).gradients["threshold"]
+        gradient = parts_of(Architecture.jumprelu).loss(p, batch, config, 1.0).gradients["threshold"]
         assert gradient.item() == pytest.approx(-1 / 0.5)
 
 

@@ -12,9 +12,6 @@ from torch import Tensor
 from saerl_cli.config.sae import Resample, SaeConfig
 from saerl_cli.sae.architectures.common import Parameters
 
-ROWS = ("encoder", "decoder", "b_enc", "threshold", "r_mag", "b_mag")
-"""Parameters that hold a row, or a number, a feature."""
-
 
 class Firing:
     """Counters of when and how often features fire, in tokens.
@@ -94,12 +91,7 @@ def replacements(
         drawn = torch.multinomial(weights, len(dead), replacement=len(dead) > len(x), generator=generator).to(x.device)
         encoder = normalised(x[drawn]) * (encoder_norm * config.resample_norm)
         decoder = normalised(y[drawn])
-    rows = {"encoder": encoder, "decoder": decoder * decoder_norm, "b_enc": encoder.new_zeros(len(dead))}
-    if "threshold" in p:
-        rows["threshold"] = encoder.new_full((len(dead),), config.theta)
-    if "r_mag" in p:
-        rows |= {name: encoder.new_zeros(len(dead)) for name in ("r_mag", "b_mag")}
-    return rows
+    return {"encoder": encoder, "decoder": decoder * decoder_norm, "b_enc": encoder.new_zeros(len(dead))}
 
 
 def typical_norms(p: Parameters, alive: Tensor) -> tuple[Tensor, Tensor]:

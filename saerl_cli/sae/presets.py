@@ -10,7 +10,8 @@ A recipe in another form has the same gradient, up to a factor of the whole loss
 
 from typing import Any
 
-from saerl_cli.config.sae import L1_FAMILY, AuxkUnit, L1Unit, SaeConfig
+from saerl_cli.config.sae import AuxkUnit, L1Unit, SaeConfig
+from saerl_cli.config.settings import applies
 
 
 def canonical_l1(config: SaeConfig, d_in: int, variance: float | None = None) -> float:
@@ -33,7 +34,7 @@ def conversion_line(config: SaeConfig, d_in: int, variance: float | None = None)
     Example:
         `l1 = 0.00086 with the error averaged over dimensions is 0.44 in the canonical form (x d_in = 512)`
     """
-    if config.architecture not in L1_FAMILY or config.l1_unit is L1Unit.canonical:
+    if not applies(config, "l1") or config.l1_unit is L1Unit.canonical:
         return None
     forms = {
         L1Unit.mean_over_dims: "the error averaged over dimensions",

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import (
-    L1_FAMILY,
-    Architecture,
     Centre,
     Controller,
     DecoderNorm,
@@ -25,13 +23,11 @@ from saerl_cli.config.sae import (
 )
 from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.sae import dead as revival
-from saerl_cli.sae.architectures import FORMS
-from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, pre_activations
-from saerl_cli.sae.architectures.topk import select_in_batch
+from saerl_cli.sae.architectures import parts_of
+from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters
 from saerl_cli.sae.autoencoder import SAE
 from saerl_cli.sae.layout import Scratch
 from saerl_cli.sae.optimizers import OPTIMIZERS
-from saerl_cli.sae.presets import canonical_l1
 
 FREE_NORM_START = 0.1  # small rows let the first steps choose directions before lengths
 MEDIAN_ROUNDS = 100
@@ -70,11 +66,13 @@ class SaeTrainer:
     ):
         self.config, self.name, self.group = config, name, group
         self.scratch = scratch or Scratch()
+        self.architecture = parts_of(config.architecture)
         self.d_in, self.d_sae, self.d_out = d_in, config.width(d_in), d_out or d_in
         self.transcoder = d_out is not None
         self.start = check_shape(start, self) if start is not None else None
         self.steps, self.step_number = config.steps(), 0
         self.p = _initial(config, d_in, self.d_sae, d_out, device)
+        self.p |= self.architecture.further_parameters(config, self.d_sae, torch.device(device))
         self.firing = revival.Firing(self.d_sae, config, device)
         self.scale = torch.ones((), device=device)
         self.target_scale = torch.ones((), device=device)
@@ -139,7 +137,10 @@ class SaeTrainer:
         if revival.due(self.config, self.step_number):
             self._resample(batch, outcome.error, positions)
         if outcome.cut is not None:
-            self.cut.copy_(self._cut(x, total) if self.step_number + 1 == self.steps else outcome.cut)
+            if self.step_number + 1 == self.steps:  # the cut of the final weights
+                outcome = self.architecture.loss(self.p, self._batch(x, y, total), self.config, weight)
+            assert outcome.cut is not None
+            self.cut.copy_(outcome.cut)
         self.step_number += 1
         return metrics
 
@@ -186,7 +187,7 @@ class SaeTrainer:
             batch: scaled and centred.
             weight: of the sparsity penalty.
         """
-        outcome = FORMS[self.config.architecture](self.p, batch, self.config, weight)
+        outcome = self.architecture.loss(self.p, batch, self.config, weight)
         gradients = outcome.gradients
         if not self.transcoder:  # b_dec is subtracted from the inputs: one matrix-vector product over the batch's sum
             gradients["b_dec"] = gradients["b_dec"] - outcome.into_encoder @ self.p["encoder"]
@@ -215,13 +216,6 @@ class SaeTrainer:
             raise ValueError(f"step {self.step_number + 1}: activations at {self.name} are NaN or infinite")
         raise ValueError(f"step {self.step_number + 1}: the gradient of the SAE at {self.name} is {norm}; lower sae.lr")
 
-    def _cut(self, x: Tensor, total: int) -> Tensor:
-        """The threshold that the final weights need to keep k a token on this batch."""
-        norm = self.p["decoder"].norm(dim=-1)
-        batch = self._batch(x, x, total)
-        scores = pre_activations(self.p, batch, self.config.encoder_dtype, norm)
-        return select_in_batch(scores, self.config.k * total, self.group)[1]
-
     # --- schedules ---------------------------------------------------------------------------------------------------
 
     def learning_rate(self) -> float:
@@ -237,10 +231,7 @@ class SaeTrainer:
     def weight(self) -> float:
         """Of the sparsity penalty in the coming step."""
         config = self.config
-        if config.architecture in L1_FAMILY:
-            peak = canonical_l1(config, self.d_out, float(self.variance))
-        else:
-            peak = config.l0 if config.architecture is Architecture.jumprelu else 0.0
+        peak = self.architecture.penalty_weight(config, self.d_out, float(self.variance))
         rise = (self.step_number + 1) / max(config.in_steps(config.l1_warmup), 1)
         return peak * min(1.0, rise) * float(self.factor)
 
@@ -295,6 +286,7 @@ class SaeTrainer:
         if positions is not None:  # the batch of all processes, in the order that one process sees
             x, y, loss = (self._whole(part, positions) for part in (x, y, loss))
         rows = revival.replacements(self.config, self.p, dead, ~rare, x, y, loss, self.step_number)
+        rows |= self.architecture.further_parameters(self.config, len(dead), x.device)
         for name, parameter in self.trainable().items():
             if name in rows:
                 parameter[dead] = rows[name]
@@ -362,37 +354,21 @@ def _initial(config: SaeConfig, d_in: int, d_sae: int, d_out: int | None, device
     decoder = directions(d_out or d_in)
     encoder = directions(d_in) if d_out else decoder if config.tied else decoder.clone()
     zeros = torch.zeros(d_sae, device=device)
-    p = {"encoder": encoder, "b_enc": zeros, "decoder": decoder, "b_dec": torch.zeros(d_out or d_in, device=device)}
-    if config.architecture is Architecture.jumprelu:
-        p["threshold"] = torch.full_like(zeros, config.theta)
-    if config.architecture is Architecture.gated:
-        p |= {"r_mag": zeros.clone(), "b_mag": zeros.clone()}
-    return p
+    return {"encoder": encoder, "b_enc": zeros, "decoder": decoder, "b_dec": torch.zeros(d_out or d_in, device=device)}
 
 
 def folded(p: Parameters, trainer: "SaeTrainer") -> SAE:
     """The SAE for raw activations that equals parameters acting on scaled ones.
 
     x^ = (f D + b_dec) / s_out with f = act(W (s x - c) + b_enc), so f_raw = f |D| / s_out; for an autoencoder s_out = s
-    and c = b_dec, and the scale cancels in W. BatchTopK keeps z |D| >= cut. A gated feature fires where z > 0 and its
-    magnitude M = x_c W e^r + b_mag > 0, hence where M > max(0, b_mag - e^r b_enc): it is a JumpReLU of M.
+    and c = b_dec, and the scale cancels in W. What the architecture folds comes first.
     """
-    architecture, s = trainer.config.architecture, trainer.target_scale
-    names = {Architecture.relu: "standard", Architecture.topk: "topk"}
-    k = trainer.config.k if architecture is Architecture.topk else None
+    s, parts = trainer.target_scale, trainer.architecture
+    k = trainer.config.k if parts.SAVED_AS == "topk" else None
     d_out = trainer.d_out if trainer.transcoder else None
-    sae = SAE(trainer.d_in, trainer.d_sae, names.get(architecture, "jumprelu"), k, d_out).to(s.device)
+    sae = SAE(trainer.d_in, trainer.d_sae, parts.SAVED_AS, k, d_out).to(s.device)
     norm = p["decoder"].norm(dim=-1).clamp_min(1e-12)  # [d_sae]
-    encoder, bias, threshold = p["encoder"], p["b_enc"], torch.zeros_like(norm)
-    if architecture is Architecture.jumprelu:
-        threshold = p["threshold"] * norm
-    elif architecture in (Architecture.batchtopk, Architecture.matryoshka):
-        # kept were scores >= cut, and what is saved keeps those above its threshold
-        threshold = torch.nextafter(trainer.cut, torch.zeros_like(trainer.cut)).expand_as(norm)
-    elif architecture is Architecture.gated:
-        stretch = p["r_mag"].exp()
-        threshold = (p["b_mag"] - stretch * p["b_enc"]).clamp_min(0) * norm
-        encoder, bias = encoder * stretch[:, None], p["b_mag"]
+    encoder, bias, threshold = parts.fold(p, trainer.cut)
     if trainer.transcoder:
         bias = bias - encoder @ trainer.offset
         encoder = encoder * (trainer.scale / s)
@@ -420,7 +396,7 @@ def check_shape(start: SAE, trainer: "SaeTrainer") -> SAE:
 
 def copy_start(start: SAE, trainer: "SaeTrainer") -> None:
     """Begin with a saved SAE, whose weights act on raw activations: the inverse of `folded`."""
-    p, s, architecture = trainer.p, trainer.target_scale, trainer.config.architecture
+    p, s = trainer.p, trainer.target_scale
     norm = start.W_dec.norm(dim=-1).clamp_min(1e-12).to(s.device)
     raw = {name: tensor.to(s.device) for name, tensor in start.state_dict().items()}
     threshold = raw.get("threshold", torch.zeros_like(norm)) * norm * s
@@ -431,9 +407,5 @@ def copy_start(start: SAE, trainer: "SaeTrainer") -> None:
     p["encoder"].copy_(encoder)
     p["decoder"].copy_(raw["W_dec"] / norm[:, None])
     p["b_dec"].copy_(raw["b_dec"] * s)
-    p["b_enc"].copy_(bias)
-    if architecture is Architecture.jumprelu:
-        p["threshold"].copy_(threshold)
-    if architecture is Architecture.gated:  # pre > threshold, and the magnitude is pre itself
-        p["b_mag"].copy_(bias)
-        p["b_enc"].copy_(bias - threshold)
+    for name, tensor in trainer.architecture.unfold(bias, threshold).items():
+        p[name].copy_(tensor)

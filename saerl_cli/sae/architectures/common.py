@@ -1,11 +1,13 @@
 """What the losses of all architectures share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from saerl_cli.config.sae import EncoderDtype
+from saerl_cli.config.sae import EncoderDtype, SaeConfig
 from saerl_cli.run.processes import ONE_PROCESS, ProcessGroup
 from saerl_cli.sae.layout import Layout, Scratch
 
@@ -47,6 +49,25 @@ class Outcome:
     """Sum over tokens of d loss / d (x_c W^T), [d_sae]: from it follows what b_dec gets through the encoder."""
     cut: Tensor | None = None
     """The smallest z |D| that was kept (batchtopk, matryoshka)."""
+
+
+class Parts(Protocol):
+    """What the file of an architecture holds."""
+
+    SAVED_AS: str
+    """`standard`, `topk` or `jumprelu`: what it is once it is trained."""
+    loss: Callable[[Parameters, Batch, SaeConfig, float], Outcome]
+    """loss(parameters, batch, settings, weight of the penalty)."""
+    penalty_weight: Callable[[SaeConfig, int, float], float]
+    """penalty_weight(settings, d_out, variance of the targets): its peak; 0 without a penalty."""
+    further_parameters: Callable[[SaeConfig, int, torch.device], Parameters]
+    """further_parameters(settings, n, device): those beside encoder, b_enc, decoder and b_dec of n features, [n] each,
+    at the start and where dead features begin anew."""
+    fold: Callable[[Parameters, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """fold(parameters, cut): encoder [d_sae, d_in], bias [d_sae] and threshold of z |D| [d_sae] of the form that is
+    saved; `cut` is the last `Outcome.cut`."""
+    unfold: Callable[[Tensor, Tensor], Parameters]
+    """unfold(bias, threshold): the parameters of one number a feature that fold to these, with the same encoder."""
 
 
 def pre_activations(p: Parameters, batch: Batch, dtype: EncoderDtype, norm: Tensor | None = None) -> Tensor:

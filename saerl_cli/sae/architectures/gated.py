@@ -1,6 +1,10 @@
 """Gated: the encoder decides what fires, and a scaled and shifted copy of it how much."""
 
+import torch
+from torch import Tensor
+
 from saerl_cli.config.sae import DecoderNorm, SaeConfig
+from saerl_cli.sae.architectures import relu
 from saerl_cli.sae.architectures.common import (
     Batch,
     Outcome,
@@ -11,8 +15,11 @@ from saerl_cli.sae.architectures.common import (
 )
 from saerl_cli.sae.layout import fitting
 
+SAVED_AS = "jumprelu"
+penalty_weight = relu.penalty_weight
 
-def gated(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
+
+def loss(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `gated` of `saerl_cli.sae.architectures`; b_enc is the gate's bias."""
     gate = pre_activations(p, batch, config.encoder_dtype)
     layout = fitting(gate > 0, config.kernel.value)
@@ -36,3 +43,23 @@ def gated(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outc
     if config.decoder_norm is DecoderNorm.free:
         gradients["decoder"] = gradients["decoder"] + along_norm(p, pi_sum * (weight / batch.tokens))
     return Outcome(error, layout.count(f > 0), pi_sum @ norm, gradients, into)
+
+
+def further_parameters(config: SaeConfig, n: int, device: torch.device) -> Parameters:
+    """Return the logarithm of the scale and the bias of the magnitudes, 0."""
+    return {name: torch.zeros(n, device=device) for name in ("r_mag", "b_mag")}
+
+
+def fold(p: Parameters, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the JumpReLU of M = x_c W e^r + b_mag (Rajamanoharan et al. 2024a, section 3.2).
+
+    A feature fires where z > 0 and M > 0, hence where M > max(0, b_mag - e^r b_enc).
+    """
+    stretch = p["r_mag"].exp()
+    threshold = (p["b_mag"] - stretch * p["b_enc"]).clamp_min(0) * p["decoder"].norm(dim=-1).clamp_min(1e-12)
+    return p["encoder"] * stretch[:, None], p["b_mag"], threshold
+
+
+def unfold(bias: Tensor, threshold: Tensor) -> Parameters:
+    """Return a gate that opens where the pre-activation exceeds the threshold, which is the magnitude."""
+    return {"b_mag": bias, "b_enc": bias - threshold}

@@ -12,6 +12,7 @@ of active features of token t and L0* the target:
     tanh       sum_t sum_i tanh(c f_i |D_i|)    quadratic   sum_t (L0_t / L0* - 1)^2
 """
 
+import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import DecoderNorm, Penalty, SaeConfig
@@ -26,8 +27,10 @@ from saerl_cli.sae.architectures.common import (
 )
 from saerl_cli.sae.layout import Layout, fitting, full_precision
 
+SAVED_AS = "jumprelu"
 
-def jumprelu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
+
+def loss(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `jumprelu` of `saerl_cli.sae.architectures`."""
     theta, width = p["threshold"], config.bandwidth
     pre = pre_activations(p, batch, config.encoder_dtype)
@@ -99,3 +102,23 @@ def wake(p: Parameters, batch: Batch, config: SaeConfig, pre: Tensor, norm: Tens
         more["decoder"] = along_norm(p, pull)
     add(gradients, more)
     return into
+
+
+def penalty_weight(config: SaeConfig, d_out: int, variance: float) -> float:
+    """Return `l0`."""
+    return config.l0
+
+
+def further_parameters(config: SaeConfig, n: int, device: torch.device) -> Parameters:
+    """Return the thresholds, `theta`."""
+    return {"threshold": torch.full((n,), config.theta, device=device)}
+
+
+def fold(p: Parameters, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all as it is."""
+    return p["encoder"], p["b_enc"], p["threshold"] * p["decoder"].norm(dim=-1).clamp_min(1e-12)
+
+
+def unfold(bias: Tensor, threshold: Tensor) -> Parameters:
+    """Return both as they are."""
+    return {"b_enc": bias, "threshold": threshold}

@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.sae.architectures import batchtopk
 from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, pre_activations
-from saerl_cli.sae.architectures.topk import auxiliary, select_in_batch
+from saerl_cli.sae.architectures.selection import select_in_batch
+from saerl_cli.sae.architectures.topk import auxiliary
 from saerl_cli.sae.layout import Sparse
 
+SAVED_AS, fold, unfold = batchtopk.SAVED_AS, batchtopk.fold, batchtopk.unfold
+penalty_weight, further_parameters = batchtopk.penalty_weight, batchtopk.further_parameters
 
-def matryoshka(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
+
+def loss(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `matryoshka` of `saerl_cli.sae.architectures`.
 
     The features are cut into groups at the ends of the prefixes. A pair (token, group) is decoded on its own; the

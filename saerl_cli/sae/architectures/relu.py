@@ -1,5 +1,8 @@
 """ReLU with L1."""
 
+import torch
+from torch import Tensor
+
 from saerl_cli.config.sae import DecoderNorm, SaeConfig
 from saerl_cli.sae.architectures.common import (
     Batch,
@@ -10,9 +13,12 @@ from saerl_cli.sae.architectures.common import (
     pre_activations,
 )
 from saerl_cli.sae.layout import fitting
+from saerl_cli.sae.presets import canonical_l1
+
+SAVED_AS = "standard"
 
 
-def relu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
+def loss(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `relu` of `saerl_cli.sae.architectures`; where norms are held at 1 the penalty does not pull at them."""
     pre = pre_activations(p, batch, config.encoder_dtype)
     on = pre > 0  # [n, d_sae]
@@ -27,3 +33,23 @@ def relu(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outco
     if config.decoder_norm is DecoderNorm.free:
         gradients["decoder"] = gradients["decoder"] + along_norm(p, f_sum * (weight / batch.tokens))
     return Outcome(error, layout.count(f > 0), f_sum @ norm, gradients, into)
+
+
+def penalty_weight(config: SaeConfig, d_out: int, variance: float) -> float:
+    """Return `l1` in the canonical form."""
+    return canonical_l1(config, d_out, variance)
+
+
+def further_parameters(config: SaeConfig, n: int, device: torch.device) -> Parameters:
+    """Return none."""
+    return {}
+
+
+def fold(p: Parameters, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return encoder and bias as they are."""
+    return p["encoder"], p["b_enc"], torch.zeros_like(p["b_enc"])
+
+
+def unfold(bias: Tensor, threshold: Tensor) -> Parameters:
+    """Return the bias as it is."""
+    return {"b_enc": bias}

@@ -1,16 +1,20 @@
-"""TopK and BatchTopK, and the auxiliary loss that revives their dead features."""
+"""TopK, and what its relatives share: the reconstruction, and the auxiliary loss that revives dead features."""
 
 import torch
 from torch import Tensor
 
 from saerl_cli.config.sae import SaeConfig
+from saerl_cli.sae.architectures import relu
 from saerl_cli.sae.architectures.common import Batch, Outcome, Parameters, add, linear_gradients, pre_activations
-from saerl_cli.sae.architectures.selection import largest_per_token, select_in_batch
+from saerl_cli.sae.architectures.selection import largest_per_token
 from saerl_cli.sae.layout import Dense, Layout, Sparse, full_precision, rows_of
 from saerl_cli.sae.presets import auxk_weight
 
+SAVED_AS = "topk"
+further_parameters, fold, unfold = relu.further_parameters, relu.fold, relu.unfold
 
-def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
+
+def loss(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
     """The loss `topk` of `saerl_cli.sae.architectures`."""
     norm = p["decoder"].norm(dim=-1)
     scores = pre_activations(p, batch, config.encoder_dtype, norm)
@@ -18,14 +22,9 @@ def topk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outco
     return reconstruction(p, batch, config, layout, scores, norm)
 
 
-def batchtopk(p: Parameters, batch: Batch, config: SaeConfig, weight: float) -> Outcome:
-    """The loss `batchtopk` of `saerl_cli.sae.architectures`."""
-    norm = p["decoder"].norm(dim=-1)
-    scores = pre_activations(p, batch, config.encoder_dtype, norm)
-    layout, cut = select_in_batch(scores, config.k * batch.tokens, batch.group)
-    outcome = reconstruction(p, batch, config, layout, scores, norm)
-    outcome.cut = cut
-    return outcome
+def penalty_weight(config: SaeConfig, d_out: int, variance: float) -> float:
+    """Return 0: what fires is counted, not paid for."""
+    return 0.0
 
 
 def reconstruction(
