@@ -13,7 +13,7 @@ from saerl_cli.config.features import FeaturesConfig
 from saerl_cli.config.sae import Architecture, SaeConfig
 from saerl_cli.jobs import eval_sae, features, rlhf
 from saerl_cli.sae.architectures import parts_of
-from saerl_cli.sae.evaluate import evaluate
+from saerl_cli.sae.evaluate import measure_saes
 from saerl_cli.sae.export import export_saes
 from saerl_cli.sae.files import load_sae
 
@@ -77,7 +77,7 @@ def test_a_new_architecture_is_trained_and_used(toy, tmp_path, tiny_planted_mode
     place = {"model": {"kind": "planted", "planted": TINY_PLANTED}, "data": {"kind": "planted"}}
     config = EvalSaeConfig(saes=str(run), eval_tokens=300, probe_tokens=300, controls=True, control_tokens=512, **place)
     eval_sae.check(config)
-    measured = evaluate(config, "cpu")  # the controls are trained by it too
+    measured = measure_saes(config, "cpu")  # the controls are trained by it too
     assert {numbers["architecture"] for numbers in measured.saes.values()} == {"absolute"}
     assert "mlp_out.1/real" in measured.controls
     features.check(FeaturesConfig(saes=str(run), **place))
