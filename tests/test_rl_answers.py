@@ -49,7 +49,7 @@ def test_training_and_heldout_questions_are_disjoint():
 def test_gsm8k_is_read_as_it_stands(shared_data):
     path = str(shared_data / "gsm8k" / "train_1000.jsonl")
     words = ["prompts.kind=file", f"prompts.path={path}", "prompts.template='Q: {prompt} A:'"]
-    config = settings(None, *RIGHT[:3], "reward.parts.cursing.match=numeric", *words)
+    config = settings(None, *RIGHT[:4], "reward.parts.cursing.match=numeric", *words)
     job.check_answers(config)
     train, heldout = split_questions(config)
     assert (len(train), len(heldout)) == (900, 100)
@@ -75,7 +75,7 @@ def test_prompts_that_are_all_too_long_are_refused():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (RIGHT[:3], "reward.parts.cursing verifies answers, and documents have none; write prompts.kind=arithmetic"),
+        (RIGHT[:4], "reward.parts.cursing verifies answers, and documents have none; write prompts.kind=arithmetic"),
         ((*RIGHT, "reward.parts.cursing.match=numeric"), "which holds no number; write match=exact"),
         ((*RIGHT, "algo.max_new_tokens=64"), "algo.max_new_tokens=64 fills the model's context of 64"),
         ((*RIGHT, "algo.max_new_tokens=60"), r"all \d+ prompts are longer than 4 tokens"),
@@ -93,7 +93,7 @@ def test_a_row_without_an_answer_is_named(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "one", "answer": "1"}\n{"prompt": "two"}\n')
     with pytest.raises(ValueError, match="the prompt 'two' has no 'answer'; write prompts.answer_field=COLUMN"):
-        job.check_answers(settings(None, *RIGHT[:3], "prompts.kind=file", f"prompts.path={path}"))
+        job.check_answers(settings(None, *RIGHT[:4], "prompts.kind=file", f"prompts.path={path}"))
     with pytest.raises(ValueError, match="prompts.kind=file needs prompts.path=FILE"):
         PromptConfig(kind=PromptKind.file)
 
