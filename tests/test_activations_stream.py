@@ -22,6 +22,12 @@ KINDS = ["memory", "streamed", "cached"]
 TEXTS = [f"we saw film {'good ' * (i % 7)}. it was number {i} ." for i in range(60)]
 
 
+def text_data(path, stream: bool, heldout: int, **settings) -> DataConfig:
+    """A file of texts; only of a stream are held-out documents counted."""
+    counted = {"heldout_documents": heldout} if stream else {}
+    return DataConfig(DataKind.text, str(path), stream=stream, **counted, **settings)
+
+
 @pytest.fixture(scope="module")
 def loaded(tiny_planted_model):
     return load_model(ModelConfig(kind=ModelKind.local, path=str(tiny_planted_model)))
@@ -35,9 +41,7 @@ def make(loaded, tmp_path_factory):
     sites = resolve_sites(["mlp_out.1", "resid_post.0"], loaded.model)
 
     def opened(kind, seed=3, state=None, rank=0, world_size=1, batch_size=48, **settings) -> ShuffledStream:
-        data = DataConfig(
-            DataKind.text, str(folder / "a.jsonl"), stream=kind == "streamed", heldout_documents=5, context_size=24
-        )
+        data = text_data(folder / "a.jsonl", kind == "streamed", heldout=5, context_size=24)
         cache = str(folder / "cache") if kind == "cached" else None
         settings = ActivationsConfig(**{"buffer_tokens": 200, "cache": cache} | settings)
         return open_stream(
@@ -341,7 +345,7 @@ def test_settings_that_go_together_are_not_refused():
 @pytest.mark.parametrize("kind", KINDS)
 def test_less_text_than_a_batch_is_refused(make, loaded, kind, tmp_path):
     (tmp_path / "a.txt").write_text("we saw film .\n" * 12)
-    data = DataConfig(DataKind.text, str(tmp_path / "a.txt"), stream=kind == "streamed", heldout_documents=2)
+    data = text_data(tmp_path / "a.txt", kind == "streamed", heldout=2)
     settings = ActivationsConfig(cache=str(tmp_path / "cache") if kind == "cached" else None)
     with pytest.raises(ValueError, match=r"the text holds 4\d tokens, less than one batch of sae.batch_size=64"):
         open_stream(loaded, ModelConfig(), data, settings, resolve_sites(["mlp_out.1"], loaded.model), 64)
@@ -408,7 +412,7 @@ def test_what_was_left_out_is_reported(loaded, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"we saw film .\n\n\xff\n" * 40)
     sites = resolve_sites(["mlp_out.1"], loaded.model)
     for stream in (False, True):
-        data = DataConfig(DataKind.text, str(tmp_path / "a.txt"), stream=stream, heldout_documents=2)
+        data = text_data(tmp_path / "a.txt", stream, heldout=2)
         opened = open_stream(loaded, ModelConfig(), data, ActivationsConfig(buffer_tokens=150), sites, 150)
         next(opened)
         assert opened.counts.note() == "left out lines or documents of the text: 40 empty, 40 not UTF-8"

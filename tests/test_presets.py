@@ -395,7 +395,7 @@ def test_trainer_weighs_auxk_by_its_unit(unit, drawn):
     for name, value in start.items():
         trainer.p[name].data.copy_(value)
     trainer.firing.silent[dead] = 10
-    trainer.backward(Batch(x - start["b_dec"], x, N, dead, trainer.processes), 0.0)
+    trainer.backward(Batch(x - start["b_dec"], x, N, dead, trainer.group), 0.0)
     wanted = gradients("topk", start, x, x, Settings(k=4, auxk=0.3, auxk_unit=unit.value, dead=dead))[1]
     for name, parameter in trainer.p.items():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5)

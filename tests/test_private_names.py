@@ -59,6 +59,8 @@ MENTIONED = {
     "_modules": "torch.nn:Module",
     "_forward_hooks": "torch.nn:Module",
     "_return_value": "hydra.core.utils:JobReturn",
+    "_get_name": "torch.nn:Module",
+    "_cdata": None,
     "_target_": None,
     "_pytree": None,
 }
