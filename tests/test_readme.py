@@ -134,3 +134,10 @@ def test_the_demo_runs_and_resumes(saerl, empty_place):
     again = saerl("demo", "scale=small", "hydra.run.dir=runs/demo")
     assert again.returncode == 0
     assert "complete" in again.stderr + again.stdout
+
+
+def test_what_to_write_to_add_something_is_said_where_the_readme_points():
+    places = re.findall(r"^\| an? .*\]\((saerl_cli/.*/__init__\.py)\)", README, re.MULTILINE)
+    assert len(places) == 4
+    for place in places:
+        assert "you write\n  1. " in (ROOT / place).read_text(), place
