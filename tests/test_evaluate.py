@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_is_refused(finished, measured, saes, tmp_path):
         evaluate(finished.path, tmp_path / "out", f"base={finished.path}")
     with pytest.raises(ValueError, match="was drawn with another seed than"):
         evaluate(finished.path, tmp_path / "out", f"base={measured}", "seed=9")
-    with pytest.raises(ValueError, match="write base=DIR or base_samples=N, not both"):
+    with pytest.raises(ValueError, match="base_samples does nothing with base; leave one of them out"):
         evaluate(finished.path, tmp_path / "out", f"base={measured}", "base_samples=9")
     with pytest.raises(ValueError, match="base_samples must be 0 or >= 2"):
         evaluate(finished.path, tmp_path / "out", "base_samples=1")

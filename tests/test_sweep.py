@@ -192,6 +192,7 @@ def test_a_sweep_that_is_interrupted_before_its_first_point_leaves_nothing(monke
 
     register()
     monkeypatch.setattr(OnlyMissing, "launch", interrupted)
+    monkeypatch.setattr("saerl_cli.run.sweep.end_children", lambda: None)  # this process has others: the fork server
     with pytest.raises(SystemExit) as end:
         bridge.run("stub_here", ["-m", "steps=1,2", "hydra.sweep.dir=some/where"])
     assert (end.value.code, capfd.readouterr().err) == (1, "saerl: interrupted\n")
